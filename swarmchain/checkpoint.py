@@ -1,0 +1,113 @@
+"""Named tensors ⇄ canonical bytes ⇄ digest.
+
+The bytes are a safetensors file that any safetensors reader opens, written in one way only: tensors in the order of
+their names, no metadata, compact header padded with spaces to a multiple of 8. We write the header ourselves because
+the library's own order of entries is not promised over its versions, and the digest must never move. As the layout
+of a run's blobs follows from its spec, the reader knows every byte of the header beforehand and compares it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from swarmchain.errors import CheckpointError
+from swarmchain.protocol import compute_digest
+from swarmchain.spec import Layout
+
+Tensors = Mapping[str, npt.NDArray[np.generic]]
+
+_CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}
+
+if sys.byteorder != "little":  # safetensors is little-endian; nobody trains on anything else
+    raise ImportError("swarmchain runs on little-endian machines only")
+
+
+def compute_size(layout: Layout) -> int:
+    """Exact number of bytes of a blob with this layout."""
+    return len(_encode_header(layout)) + sum(_nbytes(*entry) for entry in layout.values())
+
+
+def encode_tensors(tensors: Tensors, layout: Layout) -> bytes:
+    """Canonical bytes of `tensors`.
+
+    Raises
+    ------
+    CheckpointError
+        If names, dtypes or shapes are not those of `layout`, or a value is not finite.
+    """
+    if set(tensors) != set(layout):
+        raise CheckpointError(f"tensors {sorted(set(tensors) ^ set(layout))} are missing or too many")
+    parts = [_encode_header(layout)]
+    for name, (dtype, shape) in sorted(layout.items()):
+        array = np.ascontiguousarray(tensors[name])
+        if array.dtype != np.dtype(dtype) or array.shape != tuple(shape):
+            raise CheckpointError(f"tensor {name} is {array.dtype}{array.shape}, not {dtype}{tuple(shape)}")
+        _require_finite(name, array)
+        parts.append(array.tobytes())
+    return b"".join(parts)
+
+
+def decode_tensors(data: bytes | mmap.mmap, layout: Layout) -> dict[str, npt.NDArray[np.generic]]:
+    """Read canonical bytes; the arrays are read-only views of `data`.
+
+    Raises
+    ------
+    CheckpointError
+        If size or header differ from what `layout` prescribes, or a value is not finite.
+    """
+    header = _encode_header(layout)
+    size = compute_size(layout)
+    if len(data) != size:
+        raise CheckpointError(f"{len(data)} bytes where the spec prescribes {size}")
+    if data[: len(header)] != header:
+        raise CheckpointError("names, dtypes, shapes or order of the tensors are not those of the spec")
+    tensors: dict[str, npt.NDArray[np.generic]] = {}
+    offset = len(header)
+    for name, (dtype, shape) in sorted(layout.items()):
+        array = np.frombuffer(data, dtype=dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
+        _require_finite(name, array)
+        tensors[name] = array
+        offset += _nbytes(dtype, shape)
+    return tensors
+
+
+def read_tensors(path: Path, layout: Layout) -> dict[str, npt.NDArray[np.generic]]:
+    """Map a blob on disk; nothing but the pages that are touched is read. See `decode_tensors` for what is raised."""
+    size = compute_size(layout)
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes where the spec prescribes {size}")
+    with path.open("rb") as file:
+        return decode_tensors(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), layout)
+
+
+def digest_tensors(tensors: Tensors, layout: Layout) -> str:
+    """SHA-256 of the canonical bytes."""
+    return compute_digest(encode_tensors(tensors, layout))
+
+
+def _encode_header(layout: Layout) -> bytes:
+    entries: dict[str, object] = {}
+    offset = 0
+    for name, (dtype, shape) in sorted(layout.items()):
+        end = offset + _nbytes(dtype, shape)
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape)) * np.dtype(dtype).itemsize
+
+
+def _require_finite(name: str, array: npt.NDArray[np.generic]) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise CheckpointError(f"tensor {name} holds NaN or infinity")

@@ -1,0 +1,241 @@
+"""Everything that can go wrong in an expected way, as one tree.
+
+    SwarmError                      exit code 1: something the user can mend
+    ├── ConfigError                 site.toml or an option
+    ├── KeystoreError               key file or password
+    ├── SpecError                   a run's law is malformed, or this site cannot satisfy it
+    ├── DataError                   this site's data
+    ├── CheckpointError             bytes that are no checkpoint or contribution of this run
+    ├── OpeningError                an opening that is malformed or does not fit its commitment
+    ├── StoreError                  the store refused: read-only, full, blob missing or altered
+    ├── JournalError                the site's own memory of its promises
+    ├── DevchainError               a dev chain could not be started
+    ├── ChainError                  the chain answered, but not as our contract would
+    │   └── ContractError           a refusal by the contract: one class for each Solidity error
+    └── Unreachable                 exit code 3: a supervisor may retry
+        ├── ChainUnreachable
+        └── StoreUnreachable
+
+An error is one line that names what is wrong, and a hint that says what to do. The command line prints both and no
+traceback; whatever is not in this tree keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class SwarmError(Exception):
+    """An expected failure.
+
+    Parameters
+    ----------
+    message
+        One line naming what is wrong.
+    hint
+        One line saying what to do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(SwarmError):
+    """site.toml or an option is not usable."""
+
+
+class KeystoreError(SwarmError):
+    """A key file or its password is not usable."""
+
+
+class SpecError(SwarmError):
+    """A run's spec is malformed, or this site cannot satisfy it."""
+
+
+class DataError(SwarmError):
+    """This site's data do not hold what the run needs."""
+
+
+class CheckpointError(SwarmError):
+    """Bytes that are no checkpoint or contribution of this run."""
+
+
+class OpeningError(SwarmError):
+    """An opening that is malformed or does not fit its commitment."""
+
+
+class StoreError(SwarmError):
+    """The store refused, or holds something else than it should."""
+
+
+class BlobMissing(StoreError):
+    """The store does not hold this blob (yet)."""
+
+
+class JournalError(SwarmError):
+    """The journal belongs to another site or contract, or cannot be written."""
+
+
+class DevchainError(SwarmError):
+    """A dev chain could not be started."""
+
+
+class ChainError(SwarmError):
+    """The chain answered, but not as our contract would."""
+
+
+class Unreachable(SwarmError):
+    """A service did not answer; trying again later may help."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class ChainUnreachable(Unreachable):
+    """No Ethereum node answers at the RPC URL."""
+
+
+class StoreUnreachable(Unreachable):
+    """The shared store does not answer."""
+
+
+class ContractError(ChainError):
+    """A refusal by the contract.
+
+    Subclasses carry the Solidity error's name and say it in words; `values` holds its arguments by their Solidity
+    names.
+    """
+
+    words: ClassVar[str] = ""
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(self.words.format(**values), hint=self.remedy)
+        self.values = values
+
+
+class NoFounders(ContractError):
+    """See ISwarm.sol."""
+
+    words = "a consortium needs at least one founding site"
+    remedy = "name the sites with --site"
+
+
+class TooManySites(ContractError):
+    """See ISwarm.sol."""
+
+    words = "{sites} sites are more than the {sitesMax} that one contract holds"
+
+
+class InvalidSite(ContractError):
+    """See ISwarm.sol."""
+
+    words = "founding site {site} ({key}) lacks an address or a name"
+
+
+class SiteExists(ContractError):
+    """See ISwarm.sol."""
+
+    words = "{key} is already site {site}"
+    remedy = "give every site a key of its own"
+
+
+class NotSite(ContractError):
+    """See ISwarm.sol."""
+
+    words = "{caller} is no site of this consortium"
+    remedy = "check the keystore, and that the deployment lists this address"
+
+
+class UnknownSite(ContractError):
+    """See ISwarm.sol."""
+
+    words = "there is no site {site}: the consortium has {sites}, counted from 0"
+
+
+class UnknownRun(ContractError):
+    """See ISwarm.sol."""
+
+    words = "there is no run {run}: the contract holds {runs}, counted from 1"
+    remedy = "`swarmchain run list` shows the runs"
+
+
+class EmptyDigest(ContractError):
+    """See ISwarm.sol."""
+
+    words = "an empty digest was given for run {run}, round {round}"
+
+
+class WindowOutOfRange(ContractError):
+    """See ISwarm.sol."""
+
+    words = "a window of {windowS} s is not within 1 and {windowMaxS} s"
+
+
+class SitesMinOutOfRange(ContractError):
+    """See ISwarm.sol."""
+
+    words = "sites_min {sitesMin} is not within 1 and the {sites} sites of this consortium"
+
+
+class QuorumOutOfRange(ContractError):
+    """See ISwarm.sol."""
+
+    words = "a quorum of {quorumBps} in 10,000 is more than {quorumBpsMax}"
+
+
+class AlreadyJoined(ContractError):
+    """See ISwarm.sol."""
+
+    words = "site {site} has already joined run {run}"
+
+
+class NotJoined(ContractError):
+    """See ISwarm.sol."""
+
+    words = "site {site} has not joined run {run}"
+    remedy = "`swarmchain run join` gives this site's consent"
+
+
+class TooFewSites(ContractError):
+    """See ISwarm.sol."""
+
+    words = "{joined} sites have joined, the run needs {sitesMin}"
+    remedy = "wait until more sites have joined"
+
+
+class WrongRound(ContractError):
+    """See ISwarm.sol."""
+
+    words = "round {round} is not the newest round, which is {current}"
+
+
+class WrongPhase(ContractError):
+    """See ISwarm.sol."""
+
+    words = "the round is in phase {phase}, the call needs phase {needed}"
+
+
+class NotMember(ContractError):
+    """See ISwarm.sol."""
+
+    words = "site {site} joined after round {round} had opened"
+    remedy = "it takes part from the next round on"
+
+
+class AlreadyCommitted(ContractError):
+    """See ISwarm.sol."""
+
+    words = "site {site} has already committed in round {round}"
+
+
+class ScoreOutOfRange(ContractError):
+    """See ISwarm.sol."""
+
+    words = "a score of {scoreBps} in 10,000 is more than {scoreBpsMax}"
+
+
+CONTRACT_ERRORS: dict[str, type[ContractError]] = {cls.__name__: cls for cls in ContractError.__subclasses__()}

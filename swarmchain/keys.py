@@ -1,0 +1,139 @@
+"""The only room that sees a private key.
+
+A key lies in an encrypted Ethereum keystore (Web3 Secret Storage, scrypt), readable by its owner only. In memory it
+lives inside a `Signer`, which signs, derives salts, and shows nothing but its address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from eth_utils.address import to_checksum_address
+
+from swarmchain.config import SiteConfig, write_file
+from swarmchain.errors import KeystoreError
+from swarmchain.protocol import RoundKey
+
+PASSWORD_VARIABLE = "SWARMCHAIN_PASSWORD"  # noqa: S105 - the variable's name, not a password
+
+
+class Signer:
+    """A site's key in use."""
+
+    def __init__(self, account: LocalAccount) -> None:
+        self._account = account
+        self.address: str = account.address
+
+    def __repr__(self) -> str:
+        return f"Signer({self.address})"
+
+    def sign_transaction(self, transaction: dict[str, Any]) -> bytes:
+        """Signed bytes of a transaction, ready to send."""
+        return bytes(self._account.sign_transaction(transaction).raw_transaction)
+
+    def derive_salt(self, key: RoundKey, digest: str) -> str:
+        """The salt of one commitment: HMAC-SHA256 under the private key, over round and digest.
+
+        Nobody without the key can guess it, and a site that lost its journal derives the same one again.
+        """
+        message = json.dumps(
+            ["swarmchain.salt.v1", key.chain_id, key.contract.lower(), key.run, key.round_id, digest]
+        ).encode()
+        return hmac.new(bytes(self._account.key), message, hashlib.sha256).hexdigest()
+
+
+def create_keystore(path: Path, password: str, *, secret: bytes | None = None, work_log2: int = 18) -> str:
+    """Create a key, or take `secret` (32 bytes), and write it encrypted; return its address.
+
+    `work_log2` is scrypt's cost: 18 is the standard's.
+
+    Raises
+    ------
+    KeystoreError
+        If the file exists already, or the password is empty.
+    """
+    if path.exists():
+        raise KeystoreError(f"{path} exists already", hint="a key is never overwritten: move it, or use another name")
+    if not password:
+        raise KeystoreError("the keystore password is empty", hint="choose one")
+    account = Account.from_key(secret) if secret is not None else Account.create()
+    encrypted = Account.encrypt(account.key, password, kdf="scrypt", iterations=1 << work_log2)
+    write_file(path, json.dumps(encrypted).encode(), mode=0o600)
+    return str(account.address)
+
+
+def read_address(path: Path) -> str:
+    """The address of a keystore, without its password. Raises `KeystoreError` as `open_keystore` does."""
+    return _checksum(_read_keystore(path)["address"])
+
+
+def open_keystore(path: Path, password: str) -> Signer:
+    """Decrypt a keystore.
+
+    Raises
+    ------
+    KeystoreError
+        If the file is missing, no keystore, readable by others, or the password is wrong.
+    """
+    keystore = _read_keystore(path)
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise KeystoreError(f"{path} is readable by others", hint=f"chmod 600 {path}")
+    try:
+        return Signer(Account.from_key(Account.decrypt(keystore, password)))
+    except (ValueError, KeyError, TypeError, NotImplementedError) as exc:
+        if "MAC mismatch" in str(exc):
+            raise KeystoreError(f"wrong password for {path}", hint="check the password file or prompt") from exc
+        raise KeystoreError(f"{path} is no keystore: {exc}", hint="restore it from your backup") from exc
+
+
+def find_password(config: SiteConfig) -> str | None:
+    """The keystore password from `SWARMCHAIN_PASSWORD` or the password file; None if neither is given.
+
+    Raises
+    ------
+    KeystoreError
+        If the password file cannot be read.
+    """
+    if PASSWORD_VARIABLE in os.environ:
+        return os.environ[PASSWORD_VARIABLE]
+    if config.keys.password_file is None:
+        return None
+    return read_password_file(config.resolve(config.keys.password_file))
+
+
+def read_password_file(path: Path) -> str:
+    """First line of a password file, without its line end. Raises `KeystoreError` if it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise KeystoreError(f"cannot read the password file {path}", hint="check the path and its mode") from exc
+    if not lines or not lines[0]:
+        raise KeystoreError(f"the password file {path} is empty", hint="put the password on its first line")
+    return lines[0]
+
+
+def _read_keystore(path: Path) -> dict[str, Any]:
+    hint = "`swarmchain site init` creates one; or restore your backup"
+    try:
+        keystore = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise KeystoreError(f"cannot read the keystore {path}: {exc.strerror}", hint=hint) from exc
+    except ValueError as exc:
+        raise KeystoreError(f"{path} is no keystore: not JSON", hint=hint) from exc
+    if not isinstance(keystore, dict) or not isinstance(keystore.get("address"), str) or "crypto" not in keystore:
+        raise KeystoreError(f"{path} is no keystore", hint=hint)
+    return keystore
+
+
+def _checksum(address: str) -> str:
+    try:
+        return str(to_checksum_address(address if address.startswith("0x") else "0x" + address))
+    except ValueError as exc:
+        raise KeystoreError(f"a keystore holds the bad address {address!r}") from exc

@@ -1,0 +1,242 @@
+"""The nouns of the protocol and its pure rules.
+
+What the contract and every site must agree on, free of chain, store, tensors and clocks. Values that a stranger wrote
+(openings, manifests) are pydantic models that refuse unknown keys and wrong types; the rest are frozen dataclasses.
+Canonical JSON is RFC 8785; digests are SHA-256 as 64 lower-case hex digits; commitments are Keccak-256, as the
+contract's `computeCommitment`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated, Any, Literal
+
+import rfc8785
+from eth_hash.auto import keccak
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from swarmchain.errors import OpeningError
+
+SITES_MAX = 256
+BPS = 10_000
+OPENING_BYTES_MAX = 16_384
+MANIFEST_BYTES_MAX = 1 << 20
+COMMITMENT_TYPE = keccak(b"swarmchain.commitment.v1")
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Reason = Literal["withheld", "opening invalid", "blob invalid"]
+
+
+class Phase(IntEnum):
+    """Where a round stands; the numbers are the contract's."""
+
+    NONE = 0
+    COMMIT = 1
+    VOTE = 2
+    CLOSED = 3
+
+
+class Outcome(IntEnum):
+    """How a round ended; the numbers are the contract's."""
+
+    PENDING = 0
+    FINALIZED = 1
+    REJECTED = 2
+    EXPIRED = 3
+
+
+class Strict(BaseModel):
+    """A value that crosses a trust boundary: frozen, no unknown keys, no coercion, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run's proposer fixes on chain. Windows in seconds, quorum in 1/10,000 of the members."""
+
+    commit_window_s: int
+    vote_window_s: int
+    sites_min: int
+    quorum_bps: int = 0
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as the contract shows it at one time. Round fields speak of the newest round; see ISwarm.RunView."""
+
+    run: int
+    spec: str
+    terms: Terms
+    proposer: int
+    joined: frozenset[int]
+    round_id: int
+    phase: Phase
+    outcome: Outcome
+    opened_at: int
+    commit_deadline: int
+    vote_deadline: int
+    quorum: int
+    members: frozenset[int]
+    expected: frozenset[int]
+    committed: frozenset[int]
+    voted: frozenset[int]
+    rejecting: frozenset[int]
+    finalized_round: int
+    checkpoint: str
+    manifest: str
+    head: str
+    failures: int
+    rejections: int
+    commitments: dict[int, str]
+    now: int
+
+    @property
+    def failures_in_a_row(self) -> int:
+        """Rounds in a row, the newest included, that closed without a checkpoint."""
+        if self.phase is not Phase.CLOSED:
+            return self.failures
+        return 0 if self.outcome is Outcome.FINALIZED else self.failures + 1
+
+
+class Opening(Strict):
+    """What a site discloses once the Commit phase is over.
+
+    `metrics` are the site's own words about its local training and bind nothing.
+    """
+
+    format: Literal["swarmchain-opening/1"] = "swarmchain-opening/1"
+    digest: Digest
+    samples: Annotated[int, Field(ge=1, le=10**12)]
+    salt: Digest
+    metrics: dict[str, float] = {}
+
+
+class Included(Strict):
+    """One contribution that a merge counted, and with what share."""
+
+    site: int
+    commitment: Digest
+    digest: Digest
+    samples: int
+    norm: float
+    clip_factor: float
+    weight: float
+
+
+class Excluded(Strict):
+    """One commitment that a merge did not count, and why."""
+
+    site: int
+    commitment: Digest
+    reason: Reason
+
+
+class Manifest(Strict):
+    """A round's certificate: what went into its checkpoint, with which shares, and what did not and why."""
+
+    format: Literal["swarmchain-manifest/1"] = "swarmchain-manifest/1"
+    chain_id: int
+    contract: str
+    run: int
+    round: int
+    spec: Digest
+    parent: Digest
+    method: str
+    step_scale: float
+    included: tuple[Included, ...]
+    excluded: tuple[Excluded, ...]
+    checkpoint: Digest
+    code: str
+
+
+@dataclass(frozen=True)
+class RoundKey:
+    """Names one round of one run on one contract of one chain; what a commitment is bound to."""
+
+    chain_id: int
+    contract: str
+    run: int
+    round_id: int
+
+
+def compute_digest(data: bytes) -> str:
+    """SHA-256 as 64 lower-case hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def encode_canonical(value: Any) -> bytes:
+    """JSON by RFC 8785: one value, one sequence of bytes. Models are encoded with all their fields."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return bytes(rfc8785.dumps(plain))
+
+
+def compute_commitment(key: RoundKey, address: str, opening: Opening) -> str:
+    """Commitment of one site to one contribution, as hex without 0x.
+
+    Keccak-256 over the ABI encoding (one 32-byte word each) of type, chain id, contract, run, round, site address,
+    digest, samples, salt: the same as `computeCommitment` in Rounds.sol.
+    """
+    numbers = [key.chain_id, int(key.contract, 16), key.run, key.round_id, int(address, 16)]
+    words = [n.to_bytes(32, "big") for n in numbers]
+    words += [bytes.fromhex(opening.digest), opening.samples.to_bytes(32, "big"), bytes.fromhex(opening.salt)]
+    return keccak(COMMITMENT_TYPE + b"".join(words)).hex()
+
+
+def parse_opening(data: bytes) -> Opening:
+    """Read what a stranger calls an opening.
+
+    Raises
+    ------
+    OpeningError
+        If it is too long, no JSON, or not exactly an opening.
+    """
+    if len(data) > OPENING_BYTES_MAX:
+        raise OpeningError(f"an opening of {len(data)} bytes is over the limit of {OPENING_BYTES_MAX}")
+    try:
+        return Opening.model_validate_json(data)
+    except ValidationError as exc:
+        raise OpeningError(f"not an opening: {first_problem(exc)}") from exc
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read a manifest from the store; the caller has checked its digest.
+
+    Raises
+    ------
+    OpeningError
+        If it is too long, no JSON, or not exactly a manifest.
+    """
+    if len(data) > MANIFEST_BYTES_MAX:
+        raise OpeningError(f"a manifest of {len(data)} bytes is over the limit of {MANIFEST_BYTES_MAX}")
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as exc:
+        raise OpeningError(f"not a manifest: {first_problem(exc)}") from exc
+
+
+def first_problem(exc: ValidationError) -> str:
+    """The first thing that pydantic found wrong, as `key: what`, on one line."""
+    error = exc.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in error["loc"]) or "document"
+    more = f" (and {exc.error_count() - 1} more)" if exc.error_count() > 1 else ""
+    return f"{where}: {error['msg']}{more}".replace("\n", " ")
+
+
+def mask_to_sites(mask: int) -> frozenset[int]:
+    """Site indices whose bit is set."""
+    return frozenset(i for i in range(SITES_MAX) if mask >> i & 1)
+
+
+def sites_to_mask(sites: Iterable[int]) -> int:
+    """One bit per site, bit i for site i."""
+    return sum(1 << site for site in set(sites))
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed for one purpose, from numbers and names; equal on every machine."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1

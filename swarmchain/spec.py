@@ -1,0 +1,226 @@
+"""A run's law: everything that must be equal at all sites.
+
+A spec is canonical JSON in the store; its SHA-256 stands on chain. There are two tasks. `statistics` sums, over the
+sites' training cells, what standardisation and class balancing need. `cell_type` trains a classifier on a panel of
+features, from a seed checkpoint that travels as a blob (layer initialisation is not equal on all CPUs, so a seed is
+never replayed elsewhere).
+
+What a spec does not hold: anything about one site (that is `config`), and the windows and quorum (those are on chain).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from swarmchain.errors import SpecError
+from swarmchain.protocol import Digest, Strict, compute_digest, encode_canonical, first_problem
+
+SPEC_BYTES_MAX = 16 << 20
+FEATURES_MAX = 200_000
+CLASSES_MAX = 1_000
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+# numpy's names; a layout says which tensors a blob holds, in canonical (sorted) order
+Layout = Mapping[str, tuple[Literal["float32", "float64", "int64"], tuple[int, ...]]]
+
+
+class Panel(Strict):
+    """The features, in order, and the share of them that a site's data must hold."""
+
+    features: Annotated[tuple[Name, ...], Field(min_length=1, max_length=FEATURES_MAX)]
+    share_min: Share = 0.5
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("a feature stands twice in the panel")
+        return self
+
+
+class Normalization(Strict):
+    """The state that X must be in: `log1p` of counts scaled to `target_sum` per cell, or `arcsinh` of X / `cofactor`."""
+
+    kind: Literal["log1p", "arcsinh", "none"] = "log1p"
+    target_sum: Positive = 10_000.0
+    cofactor: Positive = 5.0
+
+
+class Limits(Strict):
+    """When a run starts, ends and rests.
+
+    `rounds` counts every round, whatever its outcome. The first round opens once `sites_to_start` have joined. The run
+    rests after `failures_max` rounds in a row without a checkpoint. Openings that are missing `opening_timeout_s` after
+    the end of the Commit phase are not waited for.
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    sites_to_start: Annotated[int, Field(ge=1, le=256)]
+    failures_max: Annotated[int, Field(ge=1, le=1_000)] = 5
+    opening_timeout_s: Positive = 30.0
+
+
+class Model(Strict):
+    """A perceptron: panel → hidden layers (ReLU, dropout) → one logit per label. No hidden layer: a linear model."""
+
+    hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = (128,)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Training(Strict):
+    """One site's local training in one round.
+
+    `steps` minibatches of `batch_size` cells, Adam restarted each round, learning rate `lr` decayed over the run's
+    rounds by a half cosine to `lr * lr_final_share`. `class_balance` = `inverse_sqrt` draws a cell with probability
+    proportional to 1 / sqrt(its class's count over all sites).
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    lr: Positive = 1e-3
+    lr_final_share: Share = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_balance: Literal["none", "inverse_sqrt"] = "inverse_sqrt"
+
+
+class Merge(Strict):
+    """How contributions become a checkpoint.
+
+    `clipped_mean`: every delta is scaled down to at most `clip_factor` times the median norm; shares are proportional
+    to `weighting`, none above `weight_max` (unless that cannot be met).
+    """
+
+    method: Literal["clipped_mean"] = "clipped_mean"
+    clip_factor: Positive = 2.0
+    weighting: Literal["samples", "sqrt_samples", "equal"] = "sqrt_samples"
+    weight_max: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class Gate(Strict):
+    """A site accepts a checkpoint unless its macro-F1 on the site's validation cells falls by more than this."""
+
+    score_drop_max: Share = 0.5
+
+
+class StatisticsRef(Strict):
+    """The finalized statistics run that a training run stands on."""
+
+    run: Annotated[int, Field(ge=1)]
+    checkpoint: Digest
+
+
+class _Spec(Strict):
+    format: Literal["swarmchain-spec/1"] = "swarmchain-spec/1"
+    name: Name
+    panel: Panel
+    labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=CLASSES_MAX)]
+    normalization: Normalization = Normalization()
+    limits: Limits
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+
+    @model_validator(mode="after")
+    def _unique_labels(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a label stands twice in the list")
+        return self
+
+
+class StatisticsSpec(_Spec):
+    """Sums over all sites' training cells: cells, sums and sums of squares per feature, cells per class."""
+
+    task: Literal["statistics"] = "statistics"
+
+
+class CellTypeSpec(_Spec):
+    """A cell-type classifier."""
+
+    task: Literal["cell_type"] = "cell_type"
+    model: Model = Model()
+    training: Training = Training()
+    merge: Merge = Merge()
+    gate: Gate = Gate()
+    statistics: StatisticsRef
+    seed_checkpoint: Digest
+
+
+Spec = StatisticsSpec | CellTypeSpec
+_ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
+
+
+def parse_spec(data: bytes) -> Spec:
+    """Read a spec.
+
+    Raises
+    ------
+    SpecError
+        Naming the first field that is wrong.
+    """
+    if len(data) > SPEC_BYTES_MAX:
+        raise SpecError(f"a spec of {len(data)} bytes is over the limit of {SPEC_BYTES_MAX}")
+    try:
+        return _ADAPTER.validate_json(data)
+    except ValidationError as exc:
+        raise SpecError(
+            f"not a spec: {first_problem(exc)}", hint="`swarmchain run new` writes a valid one to start from"
+        ) from exc
+
+
+def encode_spec(spec: Spec) -> bytes:
+    """Canonical bytes of a spec; its digest is what stands on chain."""
+    return encode_canonical(spec)
+
+
+def compute_spec_digest(spec: Spec) -> str:
+    """SHA-256 of the canonical spec."""
+    return compute_digest(encode_spec(spec))
+
+
+def statistics_layout(features: int, labels: int) -> Layout:
+    """Tensors of a statistics contribution and checkpoint; sums are over training cells."""
+    return {
+        "cells_per_feature": ("int64", (features,)),
+        "cells_per_label": ("int64", (labels,)),
+        "sites_per_feature": ("int64", (features,)),
+        "sum": ("float64", (features,)),
+        "sum_of_squares": ("float64", (features,)),
+    }
+
+
+def parameter_layout(spec: CellTypeSpec) -> Layout:
+    """Tensors that training moves; a contribution holds their deltas under the same names.
+
+    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels.
+    """
+    widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
+    layout: dict[str, Any] = {}
+    for i, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
+        layout[f"layers.{i}.bias"] = ("float32", (width_out,))
+    return dict(sorted(layout.items()))
+
+
+def constant_layout(spec: CellTypeSpec) -> Layout:
+    """Tensors that every checkpoint of a run carries unchanged: the panel's federated mean and SD."""
+    features = len(spec.panel.features)
+    return {"standardize.mean": ("float32", (features,)), "standardize.scale": ("float32", (features,))}
+
+
+def contribution_layout(spec: Spec) -> Layout:
+    """Tensors of one site's contribution."""
+    if isinstance(spec, StatisticsSpec):
+        return statistics_layout(len(spec.panel.features), len(spec.labels))
+    return parameter_layout(spec)
+
+
+def checkpoint_layout(spec: Spec) -> Layout:
+    """Tensors of the run's checkpoints."""
+    if isinstance(spec, StatisticsSpec):
+        return statistics_layout(len(spec.panel.features), len(spec.labels))
+    return dict(sorted({**parameter_layout(spec), **constant_layout(spec)}.items()))

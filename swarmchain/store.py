@@ -1,0 +1,189 @@
+"""Blobs by digest, shared by all sites, over fsspec.
+
+    blobs/<first two hex digits>/<sha256>     specs, checkpoints, contributions, manifests
+    openings/<commitment>                     named by the commitment, which authenticates them
+
+The store is not trusted: every read is size-limited and hashed again. Every write is whole or not at all: a folder
+gets a temporary file that is renamed, object stores do so by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from swarmchain.errors import BlobMissing, StoreError, StoreUnreachable
+from swarmchain.protocol import OPENING_BYTES_MAX, compute_digest
+
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+# What "out of space", "read-only" and "not allowed" look like over a folder: nothing that waiting mends.
+_REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Store:
+    """A shared folder or object store.
+
+    Parameters
+    ----------
+    url
+        A path or any fsspec URL.
+
+    Raises
+    ------
+    StoreError
+        If no such kind of store is installed, or a folder does not exist.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.bytes_up = 0
+        self.bytes_down = 0
+        try:
+            fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as exc:
+            raise StoreError(
+                f"store {url}: {_first_line(exc)}", hint="check the URL, or install the fsspec package for it"
+            ) from exc
+        self._fs = fs
+        self._root = root.rstrip("/")
+        self._is_folder = isinstance(fs, LocalFileSystem)
+        if self._is_folder and not Path(self._root).is_dir():
+            raise StoreError(f"store {url} is no folder", hint="create it, or mount it, and make it writable")
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether a blob of this name is there; its content is checked on reading only."""
+        return self._exists(self._blob_path(digest))
+
+    def put_blob(self, data: bytes) -> str:
+        """Store `data` under its digest, once; return the digest."""
+        digest = compute_digest(data)
+        path = self._blob_path(digest)
+        if not self._exists(path):
+            self._write(path, data)
+        return digest
+
+    def get_blob(self, digest: str, *, bytes_max: int) -> bytes:
+        """Fetch a blob and hash it again.
+
+        Raises
+        ------
+        BlobMissing
+            If it is not there (yet).
+        StoreError
+            If it is longer than `bytes_max` or its bytes are not those of its name.
+        """
+        data = self._read(self._blob_path(digest), bytes_max=bytes_max)
+        if compute_digest(data) != digest:
+            raise StoreError(
+                f"blob {digest[:12]}… in {self.url} is not what its name says",
+                hint="somebody altered it or a write broke off: remove it, a site that holds it will put it back",
+            )
+        return data
+
+    def put_opening(self, commitment: str, data: bytes) -> None:
+        """Disclose an opening under its commitment."""
+        path = self._opening_path(commitment)
+        if not self._exists(path):
+            self._write(path, data)
+
+    def get_opening(self, commitment: str) -> bytes:
+        """Fetch what lies under a commitment; the caller checks that it opens it. Raises as `get_blob` does."""
+        return self._read(self._opening_path(commitment), bytes_max=OPENING_BYTES_MAX)
+
+    def has_opening(self, commitment: str) -> bool:
+        """Whether something lies under this commitment."""
+        return self._exists(self._opening_path(commitment))
+
+    def require_writable(self) -> None:
+        """Write, read back and remove a small file.
+
+        Raises
+        ------
+        StoreError
+            If the store is read-only or full.
+        """
+        path = f"{self._root}/probe-{uuid.uuid4().hex}"
+        self._write(path, b"swarmchain")
+        self._read(path, bytes_max=64)
+        self._call(path, "remove", self._fs.rm_file, path)
+
+    def _blob_path(self, digest: str) -> str:
+        return f"{self._root}/blobs/{_require_hex(digest)[:2]}/{digest}"
+
+    def _opening_path(self, commitment: str) -> str:
+        return f"{self._root}/openings/{_require_hex(commitment)}"
+
+    def _exists(self, path: str) -> bool:
+        return bool(self._call(path, "look for", self._fs.exists, path))
+
+    def _read(self, path: str, *, bytes_max: int) -> bytes:
+        return self._call(path, "read", self._read_now, path, bytes_max)  # type: ignore[no-any-return]
+
+    def _read_now(self, path: str, bytes_max: int) -> bytes:
+        with self._fs.open(path, "rb") as file:
+            data: bytes = file.read(bytes_max + 1)
+        self.bytes_down += len(data)
+        if len(data) > bytes_max:
+            raise StoreError(f"{_short(path)} in {self.url} is longer than the {bytes_max} bytes it may have")
+        return data
+
+    def _write(self, path: str, data: bytes) -> None:
+        self._call(path, "write", self._write_now, path, data)
+        self.bytes_up += len(data)
+
+    def _write_now(self, path: str, data: bytes) -> None:
+        if not self._is_folder:
+            self._fs.pipe_file(path, data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _call(self, path: str, verb: str, function, *args):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        """Run one file operation; every foreign error becomes ours here."""
+        try:
+            return function(*args)
+        except StoreError:
+            raise
+        except FileNotFoundError as exc:
+            raise BlobMissing(f"{_short(path)} is not in {self.url}") from exc
+        except _REFUSALS as exc:
+            raise StoreError(
+                f"cannot {verb} {_short(path)} in {self.url}: {exc.strerror}", hint="check the store's permissions"
+            ) from exc
+        except OSError as exc:
+            if self._is_folder:
+                raise StoreError(
+                    f"cannot {verb} {_short(path)} in {self.url}: {_first_line(exc)}",
+                    hint="check free space, and that the store is mounted read-write",
+                ) from exc
+            raise StoreUnreachable(f"store {self.url} does not answer: {_first_line(exc)}") from exc
+
+
+def _require_hex(digest: str) -> str:
+    """Digests become paths: nothing but 64 hex digits may."""
+    if not _HEX64.fullmatch(digest):
+        raise StoreError(f"{digest!r} is no digest")
+    return digest
+
+
+def _short(path: str) -> str:
+    kind, name = path.split("/")[-2:]
+    return f"{'opening' if kind == 'openings' else 'blob'} {name[:12]}…" if len(name) == 64 else name
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc) or type(exc).__name__).splitlines()[0]
