@@ -281,7 +281,7 @@ def _read_h5ad(path: Path, *, backed: bool = False) -> anndata.AnnData:
             # Remarks of anndata on old files and on names; what matters of them is checked by us
             warnings.simplefilter("ignore")
             return anndata.read_h5ad(path, backed="r" if backed else None)
-    except (OSError, KeyError, ValueError, TypeError, anndata.io.AnnDataReadError) as exc:
+    except Exception as exc:  # h5py, zarr and anndata raise a dozen kinds on a file that is none of theirs
         reason = (str(exc) or type(exc).__name__).splitlines()[0]
         raise DataError(f"cannot read {path}: {reason}", hint=hint) from exc
 
