@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -299,8 +299,7 @@ def translate_errors(rpc_url: str) -> Iterator[None]:
     except ContractCustomError as exc:
         raise decode_revert(str(exc.data)) from exc
     except ContractLogicError as exc:
-        data = exc.data if isinstance(exc.data, str) else ""
-        if data:
+        if data := _find_revert_data(exc.data):
             raise decode_revert(data) from exc
         raise ChainError(f"the contract call reverted: {str(exc).splitlines()[0]}") from exc
     except Web3RPCError as exc:
@@ -329,15 +328,18 @@ def decode_revert(data: str) -> ChainError:
 
 
 def _decode_rpc_error(exc: Web3RPCError) -> ChainError:
-    """Nodes put revert data at different places of an RPC error: Anvil in `data`, Hardhat in `data.data`."""
     error: Any = (exc.rpc_response or {}).get("error", {})
-    data = error.get("data") if isinstance(error, dict) else None
-    if isinstance(data, dict):
-        data = data.get("data")
-    if isinstance(data, str) and data.startswith("0x") and len(data) >= 10:
+    if data := _find_revert_data(error.get("data") if isinstance(error, dict) else None):
         return decode_revert(data)
     message = error.get("message", "") if isinstance(error, dict) else ""
     return ChainError(f"the node refused: {message or exc}".splitlines()[0])
+
+
+def _find_revert_data(data: Any) -> str:
+    """Revert data as hex, wherever the node put it: Anvil in `data`, Hardhat in `data.data`; "" without any."""
+    if isinstance(data, Mapping):
+        data = data.get("data")
+    return data if isinstance(data, str) and data.startswith("0x") and len(data) >= 10 else ""
 
 
 def _to_view(run: int, raw: Any, now: int) -> RunView:
