@@ -21,7 +21,13 @@ from eth_abi.abi import decode as abi_decode
 from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
 from web3 import HTTPProvider, Web3
-from web3.exceptions import ContractCustomError, ContractLogicError, TimeExhausted, Web3Exception, Web3RPCError
+from web3.exceptions import (
+    ContractCustomError,
+    ContractLogicError,
+    TimeExhausted,
+    Web3Exception,
+    Web3RPCError,
+)
 
 from swarmchain.config import Deployment
 from swarmchain.errors import CONTRACT_ERRORS, ChainError, ChainUnreachable, ConfigError

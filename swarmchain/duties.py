@@ -1,17 +1,17 @@
 """The round as the chain shows it, and what this site remembers → the one next duty. A pure table.
 
-    phase          what is so                                             duty
-    ------------------------------------------------------------------------------------------------
-    any            not joined                                             WAIT
-    COMMIT         member, not committed                                  CONTRIBUTE
-    VOTE           committed, opening not disclosed                       PUBLISH
-    VOTE           not voted, and all awaited openings there or time up   VOTE
-    VOTE           voted, and more contributions can be counted now       VOTE
-    CLOSED         finalized, not recomputed here                         VOTE (counts until the deadline) or VERIFY
-    CLOSED         this site missed the round, more will follow           ANNOUNCE
-    NONE, CLOSED   the run is over                                        DONE
-    NONE, CLOSED   this site's turn                                       OPEN
-    otherwise                                                             WAIT
+phase          what is so                                             duty
+------------------------------------------------------------------------------------------------
+any            not joined                                             WAIT
+COMMIT         member, not committed                                  CONTRIBUTE
+VOTE           committed, opening not disclosed                       PUBLISH
+VOTE           not voted, and all awaited openings there or time up   VOTE
+VOTE           voted, and more contributions can be counted now       VOTE
+CLOSED         finalized, not recomputed here                         VOTE (counts until the deadline) or VERIFY
+CLOSED         this site missed the round, more will follow           ANNOUNCE
+NONE, CLOSED   the run is over                                        DONE
+NONE, CLOSED   this site's turn                                       OPEN
+otherwise                                                             WAIT
 """
 
 from __future__ import annotations

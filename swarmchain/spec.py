@@ -113,6 +113,7 @@ class StatisticsRef(Strict):
     """The finalized statistics run that a training run stands on."""
 
     run: Annotated[int, Field(ge=1)]
+    spec: Digest
     checkpoint: Digest
 
 

@@ -152,7 +152,7 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _call(self, path: str, verb: str, function, *args):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def _call(self, path: str, verb: str, function, *args):  # type: ignore[no-untyped-def]
         """Run one file operation; every foreign error becomes ours here."""
         try:
             return function(*args)
