@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,11 @@ class Devchain:
     rpc_url: str
     chain_id: int
     client: str
-    process_id: int
+    process: subprocess.Popen[str] = field(repr=False)
+
+    def is_alive(self) -> bool:
+        """Whether the chain's process still runs."""
+        return self.process.poll() is None
 
 
 @contextlib.contextmanager
@@ -59,7 +63,7 @@ def start_devchain(engine: Engine = "anvil", *, port: int = 0, block_time_s: int
         node = Node(rpc_url)
         if not node.client_version.startswith(CLIENTS[engine]):
             raise DevchainError(f"{rpc_url} is answered by {node.client_version}, not by {engine}")
-        yield Devchain(rpc_url, node.chain_id, node.client_version, process.pid)
+        yield Devchain(rpc_url, node.chain_id, node.client_version, process)
     finally:
         stop_process(process)
 

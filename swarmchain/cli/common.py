@@ -1,0 +1,73 @@
+"""What several commands share: opening a site, printing JSON, stopping on signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from swarmchain.config import SiteConfig, read_deployment, read_site_config
+from swarmchain.errors import KeystoreError
+from swarmchain.keys import Signer, find_password, open_keystore
+
+if TYPE_CHECKING:
+    from swarmchain.chain import SwarmContract
+
+site_option = click.option(
+    "--site", "site_file", type=click.Path(path_type=Path, dir_okay=False), default=Path("site.toml"),
+    show_default=True, help="The site's settings.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for tools.")
+
+
+def unlock(config: SiteConfig) -> Signer:
+    """The site's key; the password comes from the environment, the password file, or a prompt on a terminal."""
+    path = config.resolve(config.keys.keystore)
+    return unlock_keystore(path, find_password(config))
+
+
+def unlock_keystore(path: Path, password: str | None) -> Signer:
+    """Decrypt a keystore; without a password ask for it on a terminal."""
+    if password is None:
+        if not click.get_text_stream("stdin").isatty():
+            raise KeystoreError(
+                f"no password for {path}", hint="set SWARMCHAIN_PASSWORD, or [keys] password_file in site.toml"
+            )
+        password = click.prompt(f"Password of {path}", hide_input=True)
+    return open_keystore(path, password)
+
+
+def connect(config: SiteConfig) -> SwarmContract:
+    """The consortium's contract, as the site's settings name it."""
+    from swarmchain.chain import Node, SwarmContract
+
+    deployment = read_deployment(config.resolve(config.chain.deployment))
+    return SwarmContract(Node(config.rpc_url, timeout_s=config.chain.timeout_s), deployment)
+
+
+def load(site_file: Path) -> SiteConfig:
+    """Read site.toml."""
+    return read_site_config(site_file)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(value, indent=2, sort_keys=True, default=str))
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """A function that says whether SIGTERM or SIGINT came; the second signal ends the process at once."""
+    stopped: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        stopped.append(number)
+        if len(stopped) > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return lambda: bool(stopped)

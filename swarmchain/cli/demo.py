@@ -1,0 +1,23 @@
+"""`swarmchain demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(epilog="Example:  swarmchain demo --out demo-report")
+@click.option("--data", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="A folder with one .h5ad per site. Default: PBMCs inside scanpy, dealt to four hospitals.")
+@click.option("--splits", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="A table with the columns site, cell, split (train or test).")
+@click.option("--label-column", default="cell_type", show_default=True, help="Of .obs, with --data.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-report"), show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), help="Default: 15, with --data 100.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def demo(data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int) -> None:
+    """A whole consortium on this machine: own chain, own store, one process per hospital, real cells."""
+    from swarmchain.demo import run_demo
+
+    run_demo(data=data, splits=splits, label_column=label_column, out=out, rounds=rounds, seed=seed)

@@ -1,0 +1,175 @@
+"""`swarmchain run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swarmchain.cli.common import connect, json_option, load, print_json, site_option, unlock
+from swarmchain.config import read_site_card, write_file
+from swarmchain.errors import ConfigError, SpecError
+from swarmchain.protocol import Terms
+
+
+@click.group()
+def run() -> None:
+    """Plan, propose, join, list and export runs."""
+
+
+@run.group()
+def new() -> None:
+    """Write a spec to propose."""
+
+
+@new.command(epilog="Example:  swarmchain run new statistics --card a/site-card.json --card b/site-card.json "
+             "--out statistics.json")
+@click.option("--card", "cards", type=click.Path(path_type=Path), multiple=True, required=True,
+              help="A site's card; repeatable.")
+@click.option("--name", default="statistics", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
+def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
+    """A run that sums means, SDs and class counts over the sites."""
+    from swarmchain.planning import plan_statistics
+    from swarmchain.spec import encode_spec
+
+    found = [read_site_card(path) for path in cards]
+    spec = plan_statistics(found, name=name, sites_to_start=len(found))
+    write_file(out, encode_spec(spec))
+    click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels")
+
+
+@new.command("cell-type", epilog="Example:  swarmchain run new cell-type --site a/site.toml --statistics 1 "
+             "--rounds 12 --out training.json")
+@site_option
+@click.option("--statistics", "source", type=click.IntRange(min=1), required=True, help="A finished statistics run.")
+@click.option("--name", default="cell types", show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Minibatches per round.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--features-at", type=click.IntRange(min=1), default=2, show_default=True,
+              help="Panel: features that at least so many sites have.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
+def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float, seed: int, features_at: int,
+              out: Path) -> None:
+    """A run that trains a cell-type classifier on what a statistics run found."""
+    from swarmchain.planning import plan_cell_type, read_statistics
+    from swarmchain.spec import Limits, Training, encode_spec
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    store = Store(config.store_url)
+    view = connect(config).view_run(source)
+    spec, blob = plan_cell_type(
+        read_statistics(store, view), view, name=name, sites_per_feature_min=features_at,
+        limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
+        training=Training(seed=seed, steps=steps, lr=lr),
+    )
+    store.put_blob(blob)
+    write_file(out, encode_spec(spec))
+    click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels; "
+               f"seed checkpoint {spec.seed_checkpoint[:12]}… is in the store")
+
+
+@run.command(epilog="Example:  swarmchain run propose --site a/site.toml --spec training.json")
+@site_option
+@click.option("--spec", "spec_file", type=click.Path(path_type=Path), required=True)
+@click.option("--commit-window", type=click.IntRange(min=1), default=3600, show_default=True, help="Seconds.")
+@click.option("--vote-window", type=click.IntRange(min=1), default=1800, show_default=True, help="Seconds.")
+@click.option("--sites-min", type=click.IntRange(min=1), default=2, show_default=True,
+              help="Contributions that a round needs.")
+@click.option("--quorum", type=click.FloatRange(0, 1), default=0.0, help="Share of the members; a majority at least.")
+@json_option
+def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: int, sites_min: int, quorum: float,
+            as_json: bool) -> None:
+    """Put a spec into the store and its digest on chain. It binds nobody until they join, the proposer included."""
+    from swarmchain.spec import encode_spec, parse_spec
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    try:
+        spec = parse_spec(spec_file.read_bytes())
+    except OSError as exc:
+        raise ConfigError(f"cannot read {spec_file}: {exc.strerror}", hint="`swarmchain run new` writes one") from exc
+    contract = connect(config)
+    digest = Store(config.store_url).put_blob(encode_spec(spec))
+    terms = Terms(commit_window, vote_window, sites_min, round(quorum * 10_000))
+    number = contract.propose_run(unlock(config), spec=digest, terms=terms)
+    if as_json:
+        print_json({"run": number, "spec": digest})
+    else:
+        click.echo(f"run {number} proposed: {spec.task} “{spec.name}”, spec {digest[:12]}…")
+
+
+@run.command(epilog="Example:  swarmchain run join 1 --site a/site.toml")
+@click.argument("number", type=click.IntRange(min=1))
+@site_option
+def join(number: int, site_file: Path) -> None:
+    """Give this site's consent to a run, after checking that its data satisfy the spec."""
+    from swarmchain.agent import check_run
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    contract = connect(config)
+    signer = unlock(config)
+    index = contract.get_site_index(signer.address)
+    spec = check_run(config, Store(config.store_url), contract.view_run(number), site=index)
+    contract.join_run(signer, number)
+    click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
+
+
+@run.command("list", epilog="Example:  swarmchain run list --site a/site.toml --json")
+@site_option
+@json_option
+def list_runs(site_file: Path, as_json: bool) -> None:
+    """The consortium's runs."""
+    from swarmchain.agent import load_spec
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    contract = connect(config)
+    store = Store(config.store_url)
+    rows: list[dict[str, Any]] = []
+    for number in range(1, contract.get_run_count() + 1):
+        view = contract.view_run(number)
+        spec = load_spec(store, view.spec)
+        rows.append({"run": number, "task": spec.task, "name": spec.name, "spec": view.spec,
+                     "joined": sorted(view.joined), "round": view.round_id, "rounds": spec.limits.rounds,
+                     "phase": view.phase.name, "checkpoint": view.checkpoint if view.finalized_round else None})
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        click.echo(f"{row['run']:>3}  {row['task']:<10}  {row['name']:<24}  {len(row['joined'])} joined  "
+                   f"round {row['round']}/{row['rounds']} {row['phase']:<7} {(row['checkpoint'] or '-')[:12]}")
+
+
+@run.command(epilog="Example:  swarmchain run export 2 --site a/site.toml --out model")
+@click.argument("number", type=click.IntRange(min=1))
+@site_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@json_option
+def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
+    """Write a run's final checkpoint, spec and manifest: the model, and the certificate of how it came about."""
+    from swarmchain.agent import load_spec
+    from swarmchain.checkpoint import compute_size
+    from swarmchain.protocol import MANIFEST_BYTES_MAX
+    from swarmchain.spec import checkpoint_layout, encode_spec
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    view = connect(config).view_run(number)
+    if not view.finalized_round:
+        raise SpecError(f"run {number} has no checkpoint yet", hint="`swarmchain status` shows how far it is")
+    store = Store(config.store_url)
+    spec = load_spec(store, view.spec)
+    write_file(out / "model.safetensors", store.get_blob(view.checkpoint, bytes_max=compute_size(checkpoint_layout(spec))))
+    write_file(out / "spec.json", encode_spec(spec))
+    write_file(out / "manifest.json", store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
+    if as_json:
+        print_json({"run": number, "round": view.finalized_round, "checkpoint": view.checkpoint, "out": str(out)})
+    else:
+        click.echo(f"run {number}, round {view.finalized_round}: checkpoint {view.checkpoint}\n"
+                   f"wrote {out}/model.safetensors, spec.json, manifest.json")
