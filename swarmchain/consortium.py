@@ -1,0 +1,179 @@
+"""A whole swarm on this machine: chain, contract, shared folder, and one operating-system process for each site.
+
+The sites' keys are drawn from the seed, so that a run repeats to the last bit; real sites make theirs with `site init`.
+Every process that is started here is ended here, whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swarmchain.chain import Node, SwarmContract, deploy_contract
+from swarmchain.config import Deployment, SiteCard, read_site_config, render_site_toml, write_file
+from swarmchain.data import read_names
+from swarmchain.devchain import Devchain, start_devchain, stop_process
+from swarmchain.errors import SwarmError
+from swarmchain.keys import Signer, create_keystore, open_keystore
+from swarmchain.protocol import Terms
+from swarmchain.spec import Spec, encode_spec
+from swarmchain.store import Store
+
+# For throw-away keys of a demonstration: a keystore that opens in milliseconds.
+DEMO_WORK_LOG2 = 12
+TERMS = Terms(commit_window_s=120, vote_window_s=60, sites_min=2)
+
+
+@dataclass
+class LocalSite:
+    """One site of a local consortium: its folder, key, card and process."""
+
+    name: str
+    folder: Path
+    signer: Signer
+    card: SiteCard
+    process: subprocess.Popen[str] | None = None
+    offset: int = 0
+
+    @property
+    def toml(self) -> Path:
+        """The site's settings."""
+        return self.folder / "site.toml"
+
+    @property
+    def log(self) -> Path:
+        """The agent's output: one JSON object a line."""
+        return self.folder / "agent.jsonl"
+
+    def read_new_events(self) -> list[dict[str, Any]]:
+        """Complete lines of the agent's log that were not read before."""
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self.offset += len(data)
+        return [json.loads(line) for line in data.splitlines() if line.startswith(b"{")]
+
+
+@dataclass
+class Consortium:
+    """Sites that share a contract and a folder."""
+
+    folder: Path
+    chain: Devchain
+    contract: SwarmContract
+    deployment: Deployment
+    store: Store
+    sites: list[LocalSite] = field(default_factory=list)
+
+    def propose(self, spec: Spec, *, terms: Terms = TERMS) -> int:
+        """The first site proposes, every site joins; returns the run's number."""
+        digest = self.store.put_blob(encode_spec(spec))
+        run = self.contract.propose_run(self.sites[0].signer, spec=digest, terms=terms)
+        for site in self.sites:
+            self.contract.join_run(site.signer, run)
+        return run
+
+    def start_agents(self, runs: Sequence[int]) -> None:
+        """One process for each site, working on `runs`."""
+        chosen = [part for run in runs for part in ("--run", str(run))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        for site in self.sites:
+            command = [sys.executable, "-m", "swarmchain", "agent", "--site", str(site.toml), "--json", *chosen]
+            with site.log.open("ab") as output, (site.folder / "agent.err").open("ab") as errors:
+                site.process = subprocess.Popen(
+                    command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL, text=True, env=environment,
+                    start_new_session=True,
+                )
+
+    def stop_agents(self) -> None:
+        """End every agent that still runs."""
+        for site in self.sites:
+            if site.process is not None:
+                stop_process(site.process)
+
+    def follow(self, show: Callable[[str, dict[str, Any]], None], *, until: Callable[[], bool] | None = None,
+               timeout_s: float = 3600.0) -> None:
+        """Pass on the agents' events until `until` is true or all have ended.
+
+        Raises
+        ------
+        SwarmError
+            If an agent fails (with its last line), or the time is up.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            running = [s for s in self.sites if s.process is not None and s.process.poll() is None]
+            for site in self.sites:
+                for event in site.read_new_events():
+                    show(site.name, event)
+                if site.process is not None and site.process.poll() not in (None, 0):
+                    raise SwarmError(f"the agent of {site.name} failed: {_last_line(site.folder / 'agent.err')}",
+                                     hint=f"its whole output is in {site.folder}")
+            if not running or (until is not None and until()):
+                return
+            if time.monotonic() > deadline:
+                raise SwarmError(f"the agents are not done after {timeout_s:.0f} s", hint=f"see {self.folder}")
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def start_consortium(
+    folder: Path, files: Mapping[str, Path], *, label_column: str, seed: int, label_map: Mapping[str, str] | None = None,
+) -> Iterator[Consortium]:
+    """A chain, a contract and sites with `files` (name → AnnData file), all under `folder`, while the context lasts."""
+    store_folder = folder / "store"
+    store_folder.mkdir(parents=True)
+    with start_devchain("anvil") as chain:
+        sites = [
+            _make_site(folder, name, path, rpc_url=chain.rpc_url, label_column=label_column, seed=seed, rank=i,
+                       label_map=dict(label_map or {}))
+            for i, (name, path) in enumerate(files.items())
+        ]
+        node = Node(chain.rpc_url)
+        deployment = deploy_contract(node, sites[0].signer, [(s.signer.address, s.name) for s in sites])
+        write_file(folder / "deployment.json", deployment.model_dump_json(indent=2).encode())
+        contract = SwarmContract(node, deployment)
+        consortium = Consortium(folder, chain, contract, deployment, Store(str(store_folder)), sites)
+        try:
+            yield consortium
+        finally:
+            consortium.stop_agents()
+
+
+def _make_site(folder: Path, name: str, data: Path, *, rpc_url: str, label_column: str, seed: int, rank: int,
+               label_map: dict[str, str]) -> LocalSite:
+    home = folder / name.replace("/", "_")
+    home.mkdir(parents=True)
+    secret = hashlib.sha256(f"swarmchain demo key {seed} {rank}".encode()).digest()
+    password = hashlib.sha256(b"password" + secret).hexdigest()
+    write_file(home / "password.txt", password.encode() + b"\n", mode=0o600)
+    create_keystore(home / "keystore.json", password, secret=secret, work_log2=DEMO_WORK_LOG2)
+    text = render_site_toml(
+        name=name, rpc_url=rpc_url, deployment="../deployment.json", store="../store", data=str(data.resolve()),
+        label_column=label_column, password_file="password.txt", label_map=label_map, poll_s=0.05, stagger_s=2.0,
+    )
+    write_file(home / "site.toml", text.encode())
+    read_site_config(home / "site.toml")
+    features, labels = read_names(data, label_column)
+    renamed = sorted({label_map.get(label, label) for label in labels} - {""})
+    signer = open_keystore(home / "keystore.json", password)
+    card = SiteCard(name=name, address=signer.address, features=tuple(features), labels=tuple(renamed))
+    return LocalSite(name, home, signer, card)
+
+
+def _last_line(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
+    errors = [line for line in lines if line.startswith("Error: ")]
+    return (errors or lines or ["it said nothing"])[-1].removeprefix("Error: ")
