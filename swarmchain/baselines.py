@@ -1,0 +1,103 @@
+"""What a swarm is compared with, on the same held-out cells: pooled training, each site alone, a linear model.
+
+The pooled and the local arms use the swarm's own network, preprocessing and optimiser; they take as many steps as the
+swarm's sites do together (pooled) or one of them does (local). Whoever has all data in one place may do this; a real
+consortium cannot, which is why nothing here is part of an agent's work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swarmchain.certify import Arrays
+from swarmchain.data import SiteData, standardize
+from swarmchain.metrics import compute_f1, summarize_f1
+from swarmchain.model import build_model, load_parameters, predict_probabilities
+from swarmchain.spec import CellTypeSpec
+from swarmchain.trainer import prepare_training, train_round
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
+    """Label indices [cells] of standardised cells [cells, panel]."""
+    model = build_model(spec)
+    load_parameters(model, parameters)
+    return predict_probabilities(model, x).argmax(axis=1).astype(np.int64)
+
+
+def train_alone(data: SiteData, seed: Arrays, spec: CellTypeSpec, *, site: int, rounds: int) -> dict[str, Any]:
+    """Parameters after `rounds` of one site's local training without any merge, from the seed checkpoint.
+
+    Class balance is by this site's own counts, since alone it knows no others.
+    """
+    counts = np.bincount(data.y[data.train], minlength=len(spec.labels))
+    cells = prepare_training(data, spec, seed, counts)
+    parameters = {name: np.asarray(value) for name, value in seed.items() if not name.startswith("standardize.")}
+    for round_id in range(1, rounds + 1):
+        deltas = train_round(parameters, cells, spec, round_id=round_id, site=site).deltas
+        parameters = {name: parameters[name] + delta for name, delta in deltas.items()}
+    return parameters
+
+
+def pool(parts: Sequence[SiteData], constants: Arrays) -> SiteData:
+    """All sites' cells in one place. Features that a site lacks are the federated mean."""
+    filled = []
+    for part in parts:
+        x = part.x.copy()
+        x[:, ~part.present] = constants["standardize.mean"][~part.present]
+        filled.append(x)
+    starts = np.cumsum([0, *(len(part.y) for part in parts[:-1])])
+    return SiteData(
+        x=np.concatenate(filled), y=np.concatenate([part.y for part in parts]),
+        present=np.ones(filled[0].shape[1], dtype=np.bool_),
+        train=np.concatenate([part.train + start for part, start in zip(parts, starts, strict=True)]),
+        validation=np.concatenate([part.validation + start for part, start in zip(parts, starts, strict=True)]),
+    )
+
+
+def predict_linear(pooled: SiteData, constants: Arrays, test_x: Floats) -> Ints:
+    """Multinomial logistic regression (scikit-learn, C = 0.01) on the pooled standardised cells."""
+    from sklearn.linear_model import LogisticRegression
+
+    x = standardize(pooled.x, pooled.present, constants)[pooled.train]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # convergence remarks; the score tells
+        model = LogisticRegression(C=0.01, max_iter=1000).fit(x, pooled.y[pooled.train])
+    return np.asarray(model.predict(test_x), dtype=np.int64)
+
+
+def compare(
+    swarm: Arrays, seed: Arrays, sites: Mapping[str, SiteData], test: tuple[Floats, Ints], spec: CellTypeSpec
+) -> dict[str, Any]:
+    """`metrics` of summary.json: every arm's macro-F1 and per-class F1 on the standardised test cells."""
+    x, truth = test
+    rounds, labels = spec.limits.rounds, spec.labels
+    pooled = pool(list(sites.values()), seed)
+    central = train_alone(pooled, seed, spec, site=0, rounds=rounds)
+    local = {
+        name: predict(train_alone(data, seed, spec, site=i, rounds=rounds), x, spec)
+        for i, (name, data) in enumerate(sites.items())
+    }
+    summaries = {name: summarize_f1(truth, predicted, labels) for name, predicted in local.items()}
+    worst = min(summaries, key=lambda name: float(summaries[name]["macro_f1"]))
+    return {
+        "central": summarize_f1(truth, predict(central, x, spec), labels),
+        "swarm": summarize_f1(truth, predict(swarm, x, spec), labels),
+        "local_mean": _average(truth, list(local.values()), labels),
+        "local_worst": {**summaries[worst], "site": worst},
+        "linear": summarize_f1(truth, predict_linear(pooled, seed, x), labels),
+        "local": summaries,
+    }
+
+
+def _average(truth: Ints, predictions: Sequence[Ints], labels: Sequence[str]) -> dict[str, Any]:
+    f1 = np.mean([compute_f1(truth, p, classes=len(labels)) for p in predictions], axis=0)
+    per_class = {label: float(v) for label, v in zip(labels, f1, strict=True) if not np.isnan(v)}
+    return {"macro_f1": float(np.mean(list(per_class.values()))), "per_class": per_class}
