@@ -1,0 +1,281 @@
+"""The demonstration: a consortium on this machine, watched live, compared with the alternatives, and reported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+
+from swarmchain.baselines import compare, predict
+from swarmchain.certify import Arrays
+from swarmchain.chain import SwarmContract
+from swarmchain.checkpoint import compute_size, decode_tensors
+from swarmchain.config import read_site_config, write_file
+from swarmchain.consortium import Consortium, start_consortium
+from swarmchain.data import SiteData, load_site_data, normalize, read_cells, select_panel, standardize
+from swarmchain.dealing import Dealt, deal_folder, deal_pbmc
+from swarmchain.errors import ConfigError, SwarmError
+from swarmchain.metrics import compute_macro_f1
+from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
+from swarmchain.protocol import MANIFEST_BYTES_MAX, Outcome, compute_digest, parse_manifest
+from swarmchain.report import Predictions, format_metrics_table, write_report
+from swarmchain.spec import CellTypeSpec, Limits, Model, Training, checkpoint_layout, encode_spec
+from swarmchain.summary import build_rounds, measure_gas, summarize_timing, to_json
+
+__all__ = ["run_demo"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What differs between the embedded data and a folder of one's own."""
+
+    rounds: int
+    steps: int
+    sites_per_feature_min: int
+    panel_share_min: float
+    dropout: float
+
+
+@dataclass
+class Watched:
+    """What the agents said, in order: (site, event)."""
+
+    console: Console
+    run: int
+    rounds: int
+    sites: int
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    committed: dict[int, list[str]] = field(default_factory=dict)
+    voted: dict[int, list[tuple[str, float | None]]] = field(default_factory=dict)
+
+    def show(self, site: str, event: dict[str, Any]) -> None:
+        """Take one event; print a line when a round has all its commitments, and when it has all its votes."""
+        self.events.append((site, event))
+        if event["event"] in ("refused", "unreachable", "MISMATCH"):
+            if event["event"] != "refused":
+                self.console.print(f"  [red]{site}: {event['event']} {event.get('reason', '')}[/red]")
+            return
+        if event.get("run") != self.run or "round" not in event:
+            return
+        number = event["round"]
+        if event["event"] == "committed":
+            self.committed.setdefault(number, []).append(site)
+        elif event["event"] == "voted":
+            votes = self.voted.setdefault(number, [])
+            votes.append((site, event["score"]))
+            if len(votes) == len(self.committed.get(number, [])):
+                self._print_round(number, event["checkpoint"])
+
+    def _print_round(self, number: int, checkpoint: str) -> None:
+        scores = "  ".join(
+            f"{site} {'–' if score is None else format(score, '.2f')}" for site, score in sorted(self.voted[number])
+        )
+        self.console.print(
+            f"  round {number:>3}/{self.rounds}  COMMIT {len(self.committed[number])}/{self.sites} → "
+            f"VOTE {len(self.voted[number])}/{self.sites} → CLOSED  {checkpoint[:10]}…  validation macro-F1: {scores}",
+            highlight=False,
+        )
+
+
+def run_demo(
+    *, data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int
+) -> dict[str, Any]:
+    """Do everything and write `out`: summary.json, report.html, model.safetensors, spec.json, annotated.h5ad.
+
+    Raises
+    ------
+    SwarmError
+        What goes wrong, in one line; every process that was started is ended.
+    """
+    started = time.monotonic()
+    console = Console()
+    torch.set_num_threads(1)
+    if splits is not None and data is None:
+        raise ConfigError("--splits goes with --data", hint="name the folder of .h5ad files with --data")
+    settings = Settings(rounds or 15, 10, 2, 0.5, 0.0) if data is None else Settings(rounds or 100, 20, 3, 0.3, 0.0)
+    _require_writable(out)
+    work = Path(tempfile.mkdtemp(prefix="swarmchain-demo-"))
+    try:
+        dealt = deal_pbmc(work / "data", seed=seed) if data is None else deal_folder(
+            work / "data", data, splits=splits, label_column=label_column, seed=seed)
+        console.print(f"[bold]{dealt.title}[/bold] — {dealt.dataset}")
+        with start_consortium(work / "swarm", dealt.files, label_column=dealt.label_column, seed=seed) as consortium:
+            summary = _run_swarm(consortium, dealt, settings, console, out=out, seed=seed, started=started)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    console.print(format_metrics_table(summary))
+    final = summary["final"]
+    verdict = "all sites hold the same bytes" if final["same_at_all_sites"] else "THE SITES DIFFER"
+    console.print(f"checkpoint {final['checkpoint']}: {verdict}")
+    console.print(f"{summary['timing_s']['total']:.0f} s; open {out / 'report.html'}")
+    if not final["same_at_all_sites"]:
+        raise SwarmError("the sites do not hold the same checkpoint", hint=f"see {out / 'summary.json'}")
+    return summary
+
+
+def _run_swarm(
+    consortium: Consortium, dealt: Dealt, settings: Settings, console: Console, *, out: Path, seed: int, started: float
+) -> dict[str, Any]:
+    chain, contract, sites = consortium.chain, consortium.contract, consortium.sites
+    console.print(f"{chain.client} at {chain.rpc_url}, chain {chain.chain_id}; contract {contract.address}")
+    first = consortium.propose(plan_statistics([s.card for s in sites], name="statistics", sites_to_start=len(sites)))
+    watched = Watched(console, first + 1, settings.rounds, len(sites))
+    consortium.start_agents([first, first + 1])
+    processes = ", ".join(f"{s.name} (pid {s.process.pid})" for s in sites if s.process)
+    console.print(f"agents: {processes}\nrun {first}: summed statistics of all sites, no cell leaves its own")
+    consortium.follow(watched.show, until=lambda: contract.view_run(first).finalized_round > 0)
+    view = contract.view_run(first)
+    spec, blob = plan_cell_type(
+        read_statistics(consortium.store, view), view, name=dealt.title,
+        limits=Limits(rounds=settings.rounds, sites_to_start=len(sites)), model=Model(dropout=settings.dropout),
+        training=Training(seed=seed, steps=settings.steps), panel_share_min=settings.panel_share_min,
+        sites_per_feature_min=min(settings.sites_per_feature_min, len(sites)),
+    )
+    consortium.store.put_blob(blob)
+    setup_s = time.monotonic() - started
+    run = consortium.propose(spec)
+    console.print(f"run {run}: {len(spec.labels)} cell types on {len(spec.panel.features)} genes, "
+                  f"{settings.rounds} rounds of {settings.steps} steps")
+    consortium.follow(watched.show)
+    return _conclude(consortium, dealt, spec, watched, run=run, statistics_run=first, out=out, seed=seed,
+                     times=(started, setup_s))
+
+
+def _conclude(
+    consortium: Consortium, dealt: Dealt, spec: CellTypeSpec, watched: Watched, *, run: int, statistics_run: int,
+    out: Path, seed: int, times: tuple[float, float],
+) -> dict[str, Any]:
+    contract, store = consortium.contract, consortium.store
+    view = contract.view_run(run)
+    if view.outcome is not Outcome.FINALIZED and not view.finalized_round:
+        raise SwarmError("no round was finalized", hint="see the agents' output above")
+    names = {record.site: record.name for record in contract.get_sites()}
+    layout = checkpoint_layout(spec)
+    data = _load_sites(consortium, spec)
+    blob = store.get_blob(view.checkpoint, bytes_max=compute_size(layout))
+    final = decode_tensors(blob, layout)
+    seed_tensors = decode_tensors(store.get_blob(spec.seed_checkpoint, bytes_max=compute_size(layout)), layout)
+    test = _load_test(dealt, spec, final)
+    rounds = build_rounds(contract, store, run, names)
+    for row in rounds:
+        if row["checkpoint"]:
+            tensors = decode_tensors(store.get_blob(row["checkpoint"], bytes_max=compute_size(layout)), layout)
+            row["test_macro_f1"] = compute_macro_f1(test.y, predict(tensors, test.x, spec), classes=len(spec.labels))
+    predicted = predict(final, test.x, spec)
+    held = {site: event["checkpoint"] for site, event in watched.events
+            if event["event"] == "ended" and event["run"] == run}
+    summary: dict[str, Any] = {
+        "format": "swarmchain-summary/1", "title": dealt.title, "dataset": dealt.dataset,
+        "sites": [_describe_site(i, s.name, s.signer.address, data[s.name], spec)
+                  for i, s in enumerate(consortium.sites)],
+        "run": {"run_id": run, "spec": view.spec, "contract": contract.address, "chain_id": contract.chain_id,
+                "client": consortium.chain.client, "head": view.head, "statistics_run_id": statistics_run},
+        "rounds": rounds,
+        "final": {"checkpoint": view.checkpoint, "round_id": view.finalized_round,
+                  "same_at_all_sites": set(held) == set(names.values()) and set(held.values()) == {view.checkpoint},
+                  "by_site": dict(sorted(held.items()))},
+        "metrics": compare(final, seed_tensors, data, (test.x, test.y), spec),
+        "support": {label: int((test.y == i).sum()) for i, label in enumerate(spec.labels)},
+        "gas": measure_gas(contract, run, names),
+        "bytes": {site: event["bytes"] for site, event in watched.events
+                  if event["event"] == "ended" and event["run"] == run},
+        "seed": seed, "versions": _versions(),
+    }
+    umap = _embed(dealt, test)
+    summary["timing_s"] = summarize_timing(watched.events, run, total=time.monotonic() - times[0], setup=times[1])
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "model.safetensors", blob)
+    write_file(out / "spec.json", encode_spec(spec))
+    _write_annotated(out / "annotated.h5ad", test, predicted, umap, spec)
+    write_report(out / "report.html", summary=summary, predictions=Predictions(
+        labels=spec.labels, truth=test.y, predicted=predicted, umap=umap, sites=test.sites))
+    write_file(out / "summary.json", to_json(summary))
+    return summary
+
+
+@dataclass(frozen=True)
+class TestCells:
+    """Held-out cells of all sites: `x` standardised [cells, panel], `y` [cells], names and sites [cells]."""
+
+    x: Any
+    y: Any
+    names: Any
+    sites: Any
+
+
+def _load_sites(consortium: Consortium, spec: CellTypeSpec) -> dict[str, SiteData]:
+    return {s.name: load_site_data(read_site_config(s.toml), spec) for s in consortium.sites}
+
+
+def _load_test(dealt: Dealt, spec: CellTypeSpec, constants: Arrays) -> TestCells:
+    from swarmchain.config import DataConfig
+
+    settings = DataConfig(path="", label_column=dealt.label_column)
+    xs, ys, names, sites = [], [], [], []
+    for site, path in dealt.test.items():
+        cells = read_cells(path, settings, spec.normalization)
+        x, present = select_panel(cells, spec.panel.model_copy(update={"share_min": 0.0}))
+        known = np.isin(cells.labels, spec.labels)
+        xs.append(standardize(x, present, constants)[known])
+        ys.append(np.array([spec.labels.index(v) for v in cells.labels[known].tolist()], dtype=np.int64))
+        names.append(cells.names[known])
+        sites.append(np.full(int(known.sum()), site))
+    return TestCells(np.concatenate(xs), np.concatenate(ys), np.concatenate(names), np.concatenate(sites))
+
+
+def _embed(dealt: Dealt, test: TestCells) -> Any:
+    """UMAP of the test cells: the published one of the embedded data, else scanpy's on the standardised panel."""
+    if dealt.umap:
+        return np.array([dealt.umap[name] for name in test.names.tolist()], dtype=np.float32)
+    import scanpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba and umap on threads and seeds
+        data = anndata.AnnData(test.x)
+        scanpy.pp.pca(data, n_comps=min(30, min(test.x.shape) - 1), random_state=0)
+        scanpy.pp.neighbors(data, n_neighbors=15, random_state=0)
+        scanpy.tl.umap(data, random_state=0)
+    return np.asarray(data.obsm["X_umap"], dtype=np.float32)
+
+
+def _write_annotated(path: Path, test: TestCells, predicted: Any, umap: Any, spec: CellTypeSpec) -> None:
+    labels = np.array(spec.labels)
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical(labels[test.y], spec.labels), "predicted": pd.Categorical(labels[predicted], spec.labels),
+         "site": pd.Categorical(test.sites)}, index=[f"{s}:{n}" for s, n in zip(test.sites, test.names, strict=True)])
+    data = anndata.AnnData(X=test.x, obs=obs, var=pd.DataFrame(index=list(spec.panel.features)), obsm={"X_umap": umap})
+    temporary = path.with_name(f".{path.name}.tmp")
+    data.write_h5ad(temporary)
+    temporary.replace(path)
+
+
+def _describe_site(index: int, name: str, address: str, data: SiteData, spec: CellTypeSpec) -> dict[str, Any]:
+    counts = np.bincount(data.y, minlength=len(spec.labels))
+    return {"site": index, "name": name, "address": address, "cells_train": len(data.train),
+            "cells_validation": len(data.validation), "features_present": int(data.present.sum()),
+            "features_total": len(data.present),
+            "label_counts": {label: int(n) for label, n in zip(spec.labels, counts, strict=True)}}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("swarmchain", "torch", "numpy", "scanpy", "anndata", "web3")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _require_writable(out: Path) -> None:
+    """Say so before the work, not after it."""
+    write_file(out / ".probe", b"")
+    (out / ".probe").unlink()

@@ -1,0 +1,83 @@
+"""summary.json: what a run was, read back from the chain, the store and the agents' own words."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swarmchain.chain import SwarmContract
+from swarmchain.protocol import MANIFEST_BYTES_MAX, BPS, parse_manifest
+from swarmchain.store import Store
+
+CALLS = {"openRound": "RoundOpened", "commit": "Committed", "vote": "Voted", "joinRun": "RunJoined",
+         "proposeRun": "RunProposed"}
+
+
+def build_rounds(contract: SwarmContract, store: Store, run: int, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """One dictionary for each round, from the contract's events and the manifests."""
+    now = contract.node.read_time()
+    events = contract.get_events(["RoundOpened", "Committed", "Voted", "RoundFinalized"], run=run)
+    rounds: dict[int, dict[str, Any]] = {}
+    for event in sorted(events, key=lambda e: (e.values["round"], e.block)):
+        number = event.values["round"]
+        row = rounds.setdefault(number, {
+            "round_id": number, "outcome": "", "checkpoint": None, "manifest": None, "committed": [], "voted": [],
+            "included": [], "excluded": [], "scores": {}, "test_macro_f1": None,
+        })
+        if event.name == "Committed":
+            row["committed"].append(names[event.values["site"]])
+        elif event.name == "Voted":
+            site = names[event.values["site"]]
+            row["scores"][site] = event.values["scoreBps"] / BPS
+            row["voted"] = sorted({*row["voted"], site})
+        elif event.name == "RoundFinalized":
+            row["checkpoint"], row["manifest"] = event.values["checkpoint"], event.values["manifest"]
+    for number, row in rounds.items():
+        row["outcome"] = contract.get_phase(run, number, at=now)[1].name.lower()
+        row["committed"].sort()
+        if row["manifest"]:
+            manifest = parse_manifest(store.get_blob(row["manifest"], bytes_max=MANIFEST_BYTES_MAX))
+            row["included"] = [
+                {"site": names[i.site], "samples": i.samples, "norm": i.norm, "clip_factor": i.clip_factor,
+                 "weight": i.weight} for i in manifest.included
+            ]
+            row["excluded"] = [{"site": names[e.site], "reason": e.reason} for e in manifest.excluded]
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def measure_gas(contract: SwarmContract, run: int, names: Mapping[int, str]) -> dict[str, Any]:
+    """Gas of every call of a run, from the receipts: per call, and per site and round."""
+    calls: dict[str, dict[str, int]] = {}
+    by_site = dict.fromkeys(names.values(), 0)
+    rounds = 0
+    for call, event_name in CALLS.items():
+        for event in contract.get_events([event_name], run=run):
+            used = contract.get_gas(event.transaction)
+            calls.setdefault(call, {})[event.transaction] = used
+            rounds = max(rounds, int(event.values.get("round", 0)))
+            index = event.values.get("site", event.values.get("opener"))
+            if call in ("openRound", "commit", "vote"):
+                by_site[names[index]] += used
+    return {
+        "calls": {call: {"median": int(statistics.median(used.values())), "max": max(used.values()),
+                         "count": len(used)} for call, used in sorted(calls.items())},
+        "per_site_round": {name: used / max(rounds, 1) for name, used in by_site.items()},
+    }
+
+
+def summarize_timing(events: Sequence[tuple[str, Mapping[str, Any]]], run: int, *, total: float, setup: float
+                     ) -> dict[str, Any]:
+    """`timing_s` of summary.json, from the agents' `voted` events."""
+    rounds: dict[int, dict[str, Any]] = {}
+    for site, event in events:
+        if event["event"] == "voted" and event["run"] == run:
+            rounds.setdefault(event["round"], {})[site] = event["timing_s"]
+    return {"total": round(total, 2), "setup": round(setup, 2),
+            "rounds": [{"round_id": n, "sites": dict(sorted(sites.items()))} for n, sites in sorted(rounds.items())]}
+
+
+def to_json(summary: Mapping[str, Any]) -> bytes:
+    """The bytes of summary.json."""
+    return json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
