@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import tempfile
@@ -21,16 +20,15 @@ from rich.console import Console
 
 from swarmchain.baselines import compare, predict
 from swarmchain.certify import Arrays
-from swarmchain.chain import SwarmContract
 from swarmchain.checkpoint import compute_size, decode_tensors
 from swarmchain.config import read_site_config, write_file
 from swarmchain.consortium import Consortium, start_consortium
-from swarmchain.data import SiteData, load_site_data, normalize, read_cells, select_panel, standardize
+from swarmchain.data import SiteData, load_site_data, read_cells, select_panel, standardize
 from swarmchain.dealing import Dealt, deal_folder, deal_pbmc
 from swarmchain.errors import ConfigError, SwarmError
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
-from swarmchain.protocol import MANIFEST_BYTES_MAX, Outcome, compute_digest, parse_manifest
+from swarmchain.protocol import Outcome
 from swarmchain.report import Predictions, format_metrics_table, write_report
 from swarmchain.spec import CellTypeSpec, Limits, Model, Training, checkpoint_layout, encode_spec
 from swarmchain.summary import build_rounds, measure_gas, summarize_timing, to_json

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swarmchain.chain import SwarmContract
-from swarmchain.protocol import MANIFEST_BYTES_MAX, BPS, parse_manifest
+from swarmchain.protocol import BPS, MANIFEST_BYTES_MAX, parse_manifest
 from swarmchain.store import Store
 
 CALLS = {"openRound": "RoundOpened", "commit": "Committed", "vote": "Voted", "joinRun": "RunJoined",

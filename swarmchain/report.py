@@ -1,0 +1,160 @@
+"""The page that a run leaves behind: one HTML file, self-contained, the same bytes for the same summary.
+
+Figures are inline SVG that follow the page's light and dark colours; nothing is fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from swarmchain.config import write_file
+
+ARMS = (("central", "central (all cells pooled)"), ("swarm", "swarm"), ("local_mean", "local, mean of sites"),
+        ("local_worst", "local, worst site"), ("linear", "logistic regression (pooled)"))
+# Okabe & Ito's colours and paler ones of them, told apart by most colour-blind readers
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f", "#8c6bb1", "#a65628")
+TIMES = ("train", "chain", "store", "merge", "wait")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Held-out cells: class names, true and predicted index [cells], UMAP [cells, 2], the site of each cell."""
+
+    labels: tuple[str, ...]
+    truth: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    umap: npt.NDArray[np.float32]
+    sites: npt.NDArray[np.str_]
+
+
+def format_metrics_table(summary: Mapping[str, Any]) -> Table:
+    """The arms beside each other, for a terminal."""
+    labels = list(summary["support"])
+    table = Table(title="F1 on the same held-out cells", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("macro-F1", justify="right", style="bold")
+    for label in labels:
+        table.add_column(f"{label}\n({summary['support'][label]})", justify="right")
+    for key, words in ARMS:
+        arm = summary["metrics"][key]
+        name = f"{words}: {arm['site']}" if "site" in arm else words
+        cells = [_number(arm["per_class"].get(label)) for label in labels]
+        table.add_row(name, _number(arm["macro_f1"]), *cells, style="green" if key == "swarm" else "")
+    return table
+
+
+def write_report(path: Path, *, summary: Mapping[str, Any], predictions: Predictions) -> None:
+    """Write the page. Raises `ConfigError` if the folder cannot be written."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("swarmchain"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["bytes"] = _bytes
+    page = environment.get_template("report.html").render(
+        s=summary, arms=ARMS, colours=_colours(len(predictions.labels)), labels=predictions.labels,
+        site_colours=_colours(len(summary["sites"])), curves=_curves(summary), confusion=_confusion(predictions),
+        points=_points(predictions), times=TIMES, timing=_timing(summary["timing_s"]["rounds"]),
+        grid=_grid(summary),
+    )
+    write_file(path, page.encode())
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+
+
+def _curves(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """SVG coordinates of the score curves in a box of 640 × 240."""
+    rounds = summary["rounds"]
+    count = max(len(rounds), 2)
+
+    def path(values: Sequence[float | None]) -> str:
+        points = [(i, v) for i, v in enumerate(values) if v is not None]
+        return " ".join(f"{_x(i, count):.1f},{_y(v):.1f}" for i, v in points)
+
+    names = [site["name"] for site in summary["sites"]]
+    return {
+        "test": path([row["test_macro_f1"] for row in rounds]),
+        "sites": [(name, path([row["scores"].get(name) for row in rounds])) for name in names],
+        "lines": [(words, _y(summary["metrics"][key]["macro_f1"])) for key, words in
+                  (("central", "central"), ("local_mean", "local mean"))],
+        "ticks": [(rounds[i]["round_id"], _x(i, count)) for i in range(0, len(rounds), max(1, len(rounds) // 10))],
+        "grid": [(f"{v:.1f}", _y(v)) for v in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)],
+    }
+
+
+def _x(index: int, count: int) -> float:
+    return 40 + 580 * index / (count - 1)
+
+
+def _y(value: float) -> float:
+    return 220 - 200 * value
+
+
+def _confusion(predictions: Predictions) -> list[list[tuple[int, float]]]:
+    """Rows of truth: (cells, share of the row)."""
+    size = len(predictions.labels)
+    flat = np.bincount(predictions.truth * size + predictions.predicted, minlength=size * size)
+    counts = flat.reshape(size, size)
+    return [[(int(n), float(n / max(row.sum(), 1))) for n in row] for row in counts]
+
+
+def _points(predictions: Predictions) -> list[tuple[float, float, int, int]]:
+    """UMAP positions in a box of 300 × 300, true label, predicted label."""
+    low, high = predictions.umap.min(axis=0), predictions.umap.max(axis=0)
+    unit = (predictions.umap - low) / np.where(high > low, high - low, 1.0)
+    return [
+        (round(8 + 284 * float(a), 1), round(292 - 284 * float(b), 1), int(t), int(p))
+        for (a, b), t, p in zip(unit, predictions.truth, predictions.predicted, strict=True)
+    ]
+
+
+def _timing(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean seconds over the sites for each kind of work, with the start of each bar's part."""
+    rows = []
+    for row in rounds:
+        sites = list(row["sites"].values())
+        means = {kind: sum(s[kind] for s in sites) / max(len(sites), 1) for kind in TIMES}
+        rows.append({"round_id": row["round_id"], **means})
+    longest = max((sum(r[k] for k in TIMES) for r in rows), default=1.0) or 1.0
+    for row in rows:
+        start = 0.0
+        row["bars"] = []
+        for kind in TIMES:
+            height = 160 * row[kind] / longest
+            row["bars"].append((kind, 170 - start - height, height))
+            start += height
+    return rows
+
+
+def _grid(summary: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, str, str]]]]:
+    """For each site, each round: (round, kind, words)."""
+    table = []
+    for site in summary["sites"]:
+        name = site["name"]
+        row = []
+        for item in summary["rounds"]:
+            reason = next((e["reason"] for e in item["excluded"] if e["site"] == name), None)
+            share = next((i["weight"] for i in item["included"] if i["site"] == name), None)
+            kind, words = ("in", f"weight {share:.3f}") if share is not None else (
+                ("out", str(reason)) if reason else ("absent", "did not contribute"))
+            row.append((item["round_id"], kind, words + ("" if name in item["voted"] else ", did not vote")))
+        table.append((name, row))
+    return table
