@@ -10,6 +10,7 @@ What a spec does not hold: anything about one site (that is `config`), and the w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -201,7 +202,7 @@ def parameter_layout(spec: CellTypeSpec) -> Layout:
     """
     widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
     layout: dict[str, Any] = {}
-    for i, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
         layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
         layout[f"layers.{i}.bias"] = ("float32", (width_out,))
     return dict(sorted(layout.items()))
