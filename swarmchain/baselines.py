@@ -29,7 +29,8 @@ def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
     """Label indices [cells] of standardised cells [cells, panel]."""
     model = build_model(spec)
     load_parameters(model, parameters)
-    return predict_probabilities(model, x).argmax(axis=1).astype(np.int64)
+    called: Ints = predict_probabilities(model, x).argmax(axis=1).astype(np.int64)
+    return called
 
 
 def train_alone(data: SiteData, seed: Arrays, spec: CellTypeSpec, *, site: int, rounds: int) -> dict[str, Any]:

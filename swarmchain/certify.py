@@ -107,6 +107,7 @@ def certify(
     counted, excluded = gathered
     inputs = [item.contribution for item in counted]
     step_scale = 0.5 ** min(rejections, 30)
+    tensors: Arrays
     if isinstance(spec, StatisticsSpec):
         tensors, shares = sum_statistics(inputs)
         method, step_scale = "sum", 1.0

@@ -83,7 +83,8 @@ class Node:
         self.rpc_url = rpc_url
         if not rpc_url.startswith(("http://", "https://")):
             raise ConfigError(f"rpc_url {rpc_url!r} is no http(s) URL", hint="for example http://127.0.0.1:8545")
-        self.web3 = Web3(HTTPProvider(rpc_url, request_kwargs={"timeout": timeout_s}, exception_retry_configuration=None))
+        provider = HTTPProvider(rpc_url, request_kwargs={"timeout": timeout_s}, exception_retry_configuration=None)
+        self.web3 = Web3(provider)
         self.chain_id = int(self.ask(lambda: self.web3.eth.chain_id))
 
     def ask(self, question: Callable[[], T]) -> T:
@@ -270,7 +271,7 @@ def deploy_contract(node: Node, signer: Signer, founders: Sequence[tuple[str, st
     sites = [(to_checksum_address(address), encode_name(name)) for address, name in founders]
     factory = node.web3.eth.contract(abi=artifact["abi"], bytecode=artifact["bytecode"])
     data = node.ask(lambda: factory.constructor(sites).data_in_transaction)
-    node.ask(lambda: node.web3.eth.call({"from": signer.address, "data": data}))  # type: ignore[typeddict-item]
+    node.ask(lambda: node.web3.eth.call({"from": signer.address, "data": data}))
     gas = DEPLOY_GAS_BASE + DEPLOY_GAS_PER_SITE * len(sites)
     receipt = node.send(signer, {"data": data}, gas=gas)
     if receipt["status"] != 1:
@@ -315,7 +316,7 @@ def translate_errors(rpc_url: str) -> Iterator[None]:
     except (Web3Exception, ValueError) as exc:
         line = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise ChainError(
-            f"the node at {rpc_url} answered what no Ethereum node would: {line}", hint="is it an Ethereum RPC endpoint?"
+            f"the node at {rpc_url} answered what no Ethereum node would: {line}", hint="is it an Ethereum RPC URL?"
         ) from exc
 
 

@@ -30,6 +30,7 @@ from swarmchain.store import Store
 
 # For throw-away keys of a demonstration: a keystore that opens in milliseconds.
 DEMO_WORK_LOG2 = 12
+PASSWORD_FILE = "password.txt"  # noqa: S105 - a file's name
 TERMS = Terms(commit_window_s=120, vote_window_s=60, sites_min=2)
 
 
@@ -130,7 +131,8 @@ class Consortium:
 
 @contextlib.contextmanager
 def start_consortium(
-    folder: Path, files: Mapping[str, Path], *, label_column: str, seed: int, label_map: Mapping[str, str] | None = None,
+    folder: Path, files: Mapping[str, Path], *, label_column: str, seed: int,
+    label_map: Mapping[str, str] | None = None,
 ) -> Iterator[Consortium]:
     """A chain, a contract and sites with `files` (name → AnnData file), all under `folder`, while the context lasts."""
     store_folder = folder / "store"
@@ -158,11 +160,11 @@ def _make_site(folder: Path, name: str, data: Path, *, rpc_url: str, label_colum
     home.mkdir(parents=True)
     secret = hashlib.sha256(f"swarmchain demo key {seed} {rank}".encode()).digest()
     password = hashlib.sha256(b"password" + secret).hexdigest()
-    write_file(home / "password.txt", password.encode() + b"\n", mode=0o600)
+    write_file(home / PASSWORD_FILE, password.encode() + b"\n", mode=0o600)
     create_keystore(home / "keystore.json", password, secret=secret, work_log2=DEMO_WORK_LOG2)
     text = render_site_toml(
         name=name, rpc_url=rpc_url, deployment="../deployment.json", store="../store", data=str(data.resolve()),
-        label_column=label_column, password_file="password.txt", label_map=label_map, poll_s=0.05, stagger_s=2.0,
+        label_column=label_column, password_file=PASSWORD_FILE, label_map=label_map, poll_s=0.05, stagger_s=2.0,
     )
     write_file(home / "site.toml", text.encode())
     read_site_config(home / "site.toml")

@@ -257,8 +257,8 @@ def compute_standardization(
     count = statistics["cells_per_feature"][rows].astype(np.float64)
     if (count == 0).any():
         raise SpecError(f"no site has the panel feature {panel.features[int(np.argmin(count))]!r}")
-    mean = statistics["sum"][rows] / count
-    variance = statistics["sum_of_squares"][rows] / count - mean * mean
+    mean = statistics["sum"][rows].astype(np.float64) / count
+    variance = statistics["sum_of_squares"][rows].astype(np.float64) / count - mean * mean
     scale = np.sqrt(np.maximum(variance, 0.0))
     scale[scale < 1e-6] = 1.0
     return {"standardize.mean": mean.astype(np.float32), "standardize.scale": scale.astype(np.float32)}
@@ -269,7 +269,8 @@ def standardize(x: Floats, present: npt.NDArray[np.bool_], constants: Mapping[st
     z = (x - constants["standardize.mean"]) / constants["standardize.scale"]
     np.clip(z, -STANDARDIZED_MAX, STANDARDIZED_MAX, out=z)
     z[:, ~present] = 0.0
-    return z.astype(np.float32)
+    standardized: Floats = z.astype(np.float32)
+    return standardized
 
 
 def _read_h5ad(path: Path, *, backed: bool = False) -> anndata.AnnData:

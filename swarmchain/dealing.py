@@ -95,7 +95,7 @@ def deal_folder(folder: Path, source: Path, *, splits: Path | None, label_column
     """
     paths = {path.stem: path for path in sorted(source.glob("*.h5ad"))}
     if len(paths) < 2:
-        raise DataError(f"{source} holds {len(paths)} .h5ad files", hint="a swarm needs one for each of two or more sites")
+        raise DataError(f"{source} holds {len(paths)} .h5ad files", hint="a swarm needs one for each of its sites")
     table = _read_splits(splits) if splits else None
     folder.mkdir(parents=True)
     files, test = {}, {}

@@ -82,9 +82,8 @@ class Watched:
             f"{site} {'–' if score is None else format(score, '.2f')}" for site, score in sorted(self.voted[number])
         )
         self.console.print(
-            f"  round {number:>3}/{self.rounds}  COMMIT {len(self.committed[number])}/{self.sites} → "
-            f"VOTE {len(self.voted[number])}/{self.sites} → CLOSED  {checkpoint[:10]}…  validation macro-F1: {scores}",
-            highlight=False,
+            f"  round {number:>3}/{self.rounds}  {len(self.committed[number])} committed, "
+            f"{len(self.voted[number])} voted  {checkpoint[:8]}…  {scores}", highlight=False, soft_wrap=True,
         )
 
 
@@ -146,7 +145,7 @@ def _run_swarm(
     setup_s = time.monotonic() - started
     run = consortium.propose(spec)
     console.print(f"run {run}: {len(spec.labels)} cell types on {len(spec.panel.features)} genes, "
-                  f"{settings.rounds} rounds of {settings.steps} steps")
+                  f"{settings.rounds} rounds of {settings.steps} steps; scores are each site's own validation macro-F1")
     consortium.follow(watched.show)
     return _conclude(consortium, dealt, spec, watched, run=run, statistics_run=first, out=out, seed=seed,
                      times=(started, setup_s))
@@ -251,9 +250,12 @@ def _embed(dealt: Dealt, test: TestCells) -> Any:
 
 def _write_annotated(path: Path, test: TestCells, predicted: Any, umap: Any, spec: CellTypeSpec) -> None:
     labels = np.array(spec.labels)
-    obs = pd.DataFrame(
-        {"cell_type": pd.Categorical(labels[test.y], spec.labels), "predicted": pd.Categorical(labels[predicted], spec.labels),
-         "site": pd.Categorical(test.sites)}, index=[f"{s}:{n}" for s, n in zip(test.sites, test.names, strict=True)])
+    columns = {
+        "cell_type": pd.Categorical(labels[test.y], spec.labels), "site": pd.Categorical(test.sites),
+        "predicted": pd.Categorical(labels[predicted], spec.labels),
+    }
+    index = [f"{site}:{name}" for site, name in zip(test.sites, test.names, strict=True)]
+    obs = pd.DataFrame(columns, index=index)
     data = anndata.AnnData(X=test.x, obs=obs, var=pd.DataFrame(index=list(spec.panel.features)), obsm={"X_umap": umap})
     temporary = path.with_name(f".{path.name}.tmp")
     data.write_h5ad(temporary)

@@ -55,7 +55,8 @@ def start_devchain(engine: Engine = "anvil", *, port: int = 0, block_time_s: int
     # A session of its own: Ctrl-C in the terminal reaches us alone, and we stop it.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        cwd=find_project() if engine == "hardhat" else None, env={**os.environ, "HARDHAT_DISABLE_TELEMETRY_PROMPT": "true"},
+        cwd=find_project() if engine == "hardhat" else None,
+        env={**os.environ, "HARDHAT_DISABLE_TELEMETRY_PROMPT": "true"},
     )
     try:
         rpc_url = _await_listening(process, engine)
@@ -128,7 +129,7 @@ def _require_free(port: int) -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError as exc:
                 raise DevchainError(
-                    f"port {port} cannot be used: {exc.strerror}", hint="choose another with --port, or 0 for a free one"
+                    f"port {port} cannot be used: {exc.strerror}", hint="choose another with --port; 0 is any free one"
                 ) from exc
     return port
 

@@ -57,7 +57,7 @@ class SpecError(SwarmError):
 
 
 class DataError(SwarmError):
-    """This site's data do not hold what the run needs."""
+    """The site's data do not hold what the run needs."""
 
 
 class CheckpointError(SwarmError):

@@ -120,7 +120,7 @@ class Journal:
             (self._blobs / digest).unlink(missing_ok=True)
 
     def get_vote(self, key: RoundKey) -> Ballot | None:
-        """This site's newest vote in a round, if any."""
+        """The newest vote of this site in a round, if any."""
         row = self._db.execute(
             "select checkpoint, manifest, accept, score_bps, inputs from vote where run = ? and round = ?",
             (key.run, key.round_id),

@@ -45,7 +45,7 @@ class Panel(Strict):
 
 
 class Normalization(Strict):
-    """The state that X must be in: `log1p` of counts scaled to `target_sum` per cell, or `arcsinh` of X / `cofactor`."""
+    """The state of X: `log1p` of counts scaled to `target_sum` per cell, or `arcsinh` of X / `cofactor`."""
 
     kind: Literal["log1p", "arcsinh", "none"] = "log1p"
     target_sum: Positive = 10_000.0

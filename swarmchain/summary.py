@@ -57,9 +57,8 @@ def measure_gas(contract: SwarmContract, run: int, names: Mapping[int, str]) -> 
             used = contract.get_gas(event.transaction)
             calls.setdefault(call, {})[event.transaction] = used
             rounds = max(rounds, int(event.values.get("round", 0)))
-            index = event.values.get("site", event.values.get("opener"))
             if call in ("openRound", "commit", "vote"):
-                by_site[names[index]] += used
+                by_site[names[event.values["opener" if call == "openRound" else "site"]]] += used
     return {
         "calls": {call: {"median": int(statistics.median(used.values())), "max": max(used.values()),
                          "count": len(used)} for call, used in sorted(calls.items())},

@@ -39,7 +39,8 @@ def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
 
 def _in_words(event: dict[str, Any]) -> str:
     kind = event["event"]
-    where = f"run {event['run']}" + (f" round {event['round']:>3}" if "round" in event else "") if "run" in event else ""
+    where = f"run {event['run']}" if "run" in event else ""
+    where += f" round {event['round']:>3}" if "round" in event else ""
     if kind == "voted":
         score = "" if event["score"] is None else f", validation macro-F1 {event['score']:.3f}"
         verb = "accepts" if event["accept"] else "REJECTS"

@@ -37,7 +37,7 @@ def unlock_keystore(path: Path, password: str | None) -> Signer:
             raise KeystoreError(
                 f"no password for {path}", hint="set SWARMCHAIN_PASSWORD, or [keys] password_file in site.toml"
             )
-        password = click.prompt(f"Password of {path}", hide_input=True)
+        password = str(click.prompt(f"Password of {path}", hide_input=True))
     return open_keystore(path, password)
 
 

@@ -165,7 +165,8 @@ def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
         raise SpecError(f"run {number} has no checkpoint yet", hint="`swarmchain status` shows how far it is")
     store = Store(config.store_url)
     spec = load_spec(store, view.spec)
-    write_file(out / "model.safetensors", store.get_blob(view.checkpoint, bytes_max=compute_size(checkpoint_layout(spec))))
+    size = compute_size(checkpoint_layout(spec))
+    write_file(out / "model.safetensors", store.get_blob(view.checkpoint, bytes_max=size))
     write_file(out / "spec.json", encode_spec(spec))
     write_file(out / "manifest.json", store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
     if as_json:

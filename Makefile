@@ -1,0 +1,43 @@
+# demo · test · check · bench: each sets up what it needs, and is quiet when there is nothing to do.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FORGE = $(firstword $(wildcard node_modules/@foundry-rs/forge-*/bin/forge) forge)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check setup compile clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/swarmchain demo --out demo-report
+
+test: setup
+	$(FORGE) test
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check swarmchain deploy tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python deploy/compile.py --check
+
+compile: setup
+	$(BIN)/python deploy/compile.py
+
+setup: $(VENV)/.done node_modules/.done
+
+# torch first and alone: the other packages then take it as it is, and pip does not look for a larger build
+$(VENV)/.done: pyproject.toml constraints.txt
+	@echo "setting up Python packages (minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch==2.13.0
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+node_modules/.done: package.json package-lock.json
+	@echo "setting up npm packages"
+	@npm ci --no-audit --no-fund --silent
+	@touch $@
+
+clean:
+	rm -rf $(VENV) node_modules build out cache demo-report
