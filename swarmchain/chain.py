@@ -327,6 +327,9 @@ def decode_revert(data: str) -> ChainError:
         if entry["type"] == "error" and function_abi_to_4byte_selector(entry) == raw[:4]:
             values = abi_decode([i["type"] for i in entry["inputs"]], raw[4:])
             named = {i["name"]: v for i, v in zip(entry["inputs"], values, strict=True)}
+            for item in entry["inputs"]:
+                if item["type"] == "address":
+                    named[item["name"]] = to_checksum_address(named[item["name"]])
             for name in ("phase", "needed"):
                 if name in named:
                     named[name] = Phase(named[name]).name

@@ -19,6 +19,8 @@ from swarmchain.config import write_file
 
 ARMS = (("central", "central (all cells pooled)"), ("swarm", "swarm"), ("local_mean", "local, mean of sites"),
         ("local_worst", "local, worst site"), ("linear", "logistic regression (pooled)"))
+HEADS = (("central", "central"), ("swarm", "swarm"), ("local_mean", "local mean"), ("local_worst", "local worst"),
+         ("linear", "logistic\nregression"))
 # Okabe & Ito's colours and paler ones of them, told apart by most colour-blind readers
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f", "#8c6bb1", "#a65628")
 TIMES = ("train", "chain", "store", "merge", "wait")
@@ -37,17 +39,16 @@ class Predictions:
 
 def format_metrics_table(summary: Mapping[str, Any]) -> Table:
     """The arms beside each other, for a terminal."""
-    labels = list(summary["support"])
+    metrics = summary["metrics"]
     table = Table(title="F1 on the same held-out cells", title_justify="left")
-    table.add_column("", no_wrap=True)
-    table.add_column("macro-F1", justify="right", style="bold")
-    for label in labels:
-        table.add_column(f"{label}\n({summary['support'][label]})", justify="right")
-    for key, words in ARMS:
-        arm = summary["metrics"][key]
-        name = f"{words}: {arm['site']}" if "site" in arm else words
-        cells = [_number(arm["per_class"].get(label)) for label in labels]
-        table.add_row(name, _number(arm["macro_f1"]), *cells, style="green" if key == "swarm" else "")
+    table.add_column("cell type (cells)")
+    for key, words in HEADS:
+        style = "green" if key == "swarm" else ""
+        table.add_column(f"{words}\n{metrics[key].get('site', '')}".strip(), justify="right", style=style)
+    table.add_row("macro-F1", *(_number(metrics[key]["macro_f1"]) for key, _ in HEADS), style="bold", end_section=True)
+    for label, cells in summary["support"].items():
+        values = [_number(metrics[key]["per_class"].get(label)) for key, _ in HEADS]
+        table.add_row(f"{label} ({cells})", *values)
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ def unlock(config: SiteConfig) -> Signer:
 def unlock_keystore(path: Path, password: str | None) -> Signer:
     """Decrypt a keystore; without a password ask for it on a terminal."""
     if password is None:
-        if not click.get_text_stream("stdin").isatty():
+        if not sys.stdin.isatty():
             raise KeystoreError(
                 f"no password for {path}", hint="set SWARMCHAIN_PASSWORD, or [keys] password_file in site.toml"
             )

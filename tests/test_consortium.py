@@ -1,0 +1,180 @@
+"""The rooms together: real processes, a real chain, a real folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_cells
+
+from swarmchain.devchain import Devchain, wait_until_gone
+from swarmchain.protocol import compute_digest
+
+PASSWORD = {"SWARMCHAIN_PASSWORD": "correct horse"}
+
+
+def swarmchain(*words: object, folder: Path, code: int = 0) -> str:
+    command = [sys.executable, "-m", "swarmchain", *map(str, words)]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, **PASSWORD}, timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def consortium(anvil: Devchain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sites by hand, as docs/consortium.md tells: site init, deploy."""
+    folder = tmp_path_factory.mktemp("consortium")
+    cards = []
+    for i, name in enumerate(("a", "b", "c")):
+        write_cells(folder / f"{name}.h5ad", seed=i)
+        swarmchain("site", "init", "--name", f"Site {name}", "--folder", name, "--data", f"{name}.h5ad",
+                   "--label-column", "cell_type", "--store", "store", "--rpc-url", anvil.rpc_url, folder=folder)
+        cards += ["--site", f"{name}/site-card.json"]
+    swarmchain("deploy", "--rpc-url", anvil.rpc_url, "--keystore", "a/keystore.json", *cards, folder=folder)
+    assert (folder / "deployments" / "31337.json").is_file()
+    return folder
+
+
+def train(folder: Path, run: int) -> list[str]:
+    """Three agents as three processes; what each says it holds at the end."""
+    for name in "abc":
+        swarmchain("run", "join", run, "--site", f"{name}/site.toml", folder=folder)
+    command = [sys.executable, "-m", "swarmchain", "agent", "--json", "--run", str(run), "--site"]
+    processes = [
+        subprocess.Popen([*command, f"{name}/site.toml"], cwd=folder, stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, **PASSWORD})
+        for name in "abc"
+    ]
+    held = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0
+            ended = [json.loads(line) for line in output.splitlines() if '"ended"' in line]
+            held.append(ended[0]["checkpoint"])
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return held
+
+
+def test_consortium_by_hand(consortium: Path) -> None:
+    cards = [part for name in "abc" for part in ("--card", f"{name}/site-card.json")]
+    swarmchain("run", "new", "statistics", *cards, "--out", "statistics.json", folder=consortium)
+    site = ("--site", "a/site.toml")
+    said = swarmchain("run", "propose", *site, "--spec", "statistics.json", "--json", folder=consortium)
+    first = json.loads(said)["run"]
+    assert len(set(train(consortium, first))) == 1
+
+    swarmchain("run", "new", "cell-type", *site, "--statistics", first, "--rounds", 3, "--out", "training.json",
+               folder=consortium)
+    said = swarmchain("run", "propose", *site, "--spec", "training.json", "--json", folder=consortium)
+    second = json.loads(said)["run"]
+    held = train(consortium, second)
+    assert len(set(held)) == 1
+
+    for name in "abc":
+        swarmchain("run", "export", second, "--site", f"{name}/site.toml", "--out", f"out-{name}", folder=consortium)
+        model = (consortium / f"out-{name}" / "model.safetensors").read_bytes()
+        assert compute_digest(model) == held[0]
+    listed = json.loads(swarmchain("run", "list", *site, "--json", folder=consortium))
+    assert [row["task"] for row in listed] == ["statistics", "cell_type"]
+    status = json.loads(swarmchain("status", *site, "--json", folder=consortium))
+    assert status["runs"][1]["checkpoint"] == held[0]
+    assert status["client"].startswith("anvil/")
+
+
+def test_invalid_keystore_password(consortium: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PASSWORD, "SWARMCHAIN_PASSWORD", "wrong")
+    said = swarmchain("agent", "--site", "a/site.toml", folder=consortium, code=1)
+    assert "password" in said and "keystore.json" in said
+
+
+def test_invalid_rpc_that_nobody_answers(consortium: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PASSWORD, "SWARMCHAIN_RPC_URL", f"http://127.0.0.1:{unused_port}")
+    said = swarmchain("status", "--site", "a/site.toml", folder=consortium, code=3)
+    monkeypatch.delitem(PASSWORD, "SWARMCHAIN_RPC_URL")
+    assert f"no Ethereum node answers at http://127.0.0.1:{unused_port}" in said
+
+
+def test_invalid_label_column(consortium: Path) -> None:
+    said = swarmchain("site", "init", "--name", "X", "--folder", "x", "--data", "a.h5ad", "--label-column", "nope",
+                      "--store", "store", folder=consortium, code=1)
+    assert "no column 'nope'" in said and not (consortium / "x").exists()
+
+
+def test_invalid_site_that_exists(consortium: Path) -> None:
+    said = swarmchain("site", "init", "--name", "X", "--folder", "a", "--data", "a.h5ad", "--label-column",
+                      "cell_type", "--store", "store", folder=consortium, code=1)
+    assert "exists already" in said
+
+
+def test_devchain_stops_cleanly(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "swarmchain", "devchain"], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    found = re.search(r"http://[\d.:]+\d", process.stdout.readline())
+    assert found
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0
+    process.stdout.close()
+    assert wait_until_gone(found[0], timeout_s=5)
+
+
+def list_children(pid: int) -> set[int]:
+    import psutil
+
+    return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+
+
+def test_demo_interrupted_leaves_no_orphan(tmp_path: Path) -> None:
+    import psutil
+
+    process = subprocess.Popen([sys.executable, "-m", "swarmchain", "demo", "--out", str(tmp_path / "out")],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("agents:"):
+            break
+    children = list_children(process.pid)
+    assert len(children) >= 5
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(timeout=30) == 130, rest
+    process.stdout.close()
+    assert "Traceback" not in rest
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in children if psutil.pid_exists(child)]
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_demo_repeats_to_the_last_bit(tmp_path: Path) -> None:
+    finals = []
+    for out in ("one", "two"):
+        swarmchain("demo", "--out", out, "--rounds", 10, folder=tmp_path)
+        summary = json.loads((tmp_path / out / "summary.json").read_text())
+        assert summary["final"]["same_at_all_sites"] is True
+        assert len(summary["rounds"]) == 10
+        finals.append(summary["final"]["checkpoint"])
+        macro = {arm: summary["metrics"][arm]["macro_f1"] for arm in ("central", "swarm", "local_mean")}
+        assert macro["swarm"] >= macro["local_mean"] + 0.15
+        assert macro["swarm"] >= macro["central"] - 0.05
+        page = (tmp_path / out / "report.html").read_text()
+        assert finals[-1] in page
+        assert not re.search(r"(src|href)=|@import|url\(", page)
+    assert finals[0] == finals[1]
