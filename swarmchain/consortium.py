@@ -89,7 +89,9 @@ class Consortium:
     def start_agents(self, runs: Sequence[int]) -> None:
         """One process for each site, working on `runs`."""
         chosen = [part for run in runs for part in ("--run", str(run))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        # The user's own site may be named in the environment; these sites have their settings in their files.
+        ambient = {key: value for key, value in os.environ.items() if not key.startswith("SWARMCHAIN_")}
+        environment = {**ambient, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         for site in self.sites:
             command = [sys.executable, "-m", "swarmchain", "agent", "--site", str(site.toml), "--json", *chosen]
             with site.log.open("ab") as output, (site.folder / "agent.err").open("ab") as errors:
