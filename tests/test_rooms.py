@@ -1,0 +1,332 @@
+"""The lower rooms, each with its rules and its refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+from conftest import make_signers, write_cells
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmchain.checkpoint import compute_size, decode_tensors, digest_tensors, encode_tensors
+from swarmchain.config import DataConfig, read_site_config, render_site_toml
+from swarmchain.data import choose_validation, normalize, read_cells
+from swarmchain.duties import Duty, Memory, decide
+from swarmchain.errors import (
+    BlobMissing,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    JournalError,
+    KeystoreError,
+    OpeningError,
+    SpecError,
+    StoreError,
+)
+from swarmchain.journal import Journal
+from swarmchain.keys import create_keystore, open_keystore
+from swarmchain.merge import Input, compute_weights, merge_deltas
+from swarmchain.protocol import Opening, Outcome, Phase, RoundKey, RunView, Terms, encode_canonical, parse_opening
+from swarmchain.spec import Limits, Merge, Normalization, parse_spec
+from swarmchain.store import Store
+
+LAYOUT = {"a": ("float32", (3, 2)), "b": ("int64", (4,))}
+ZERO = "0" * 64
+
+# -- checkpoint
+
+
+def make_tensors() -> dict[str, np.ndarray]:
+    return {"b": np.arange(4), "a": np.arange(6, dtype=np.float32).reshape(3, 2)}
+
+
+def test_checkpoint_round_trip_and_any_safetensors_reader() -> None:
+    from safetensors.numpy import load
+
+    data = encode_tensors(make_tensors(), LAYOUT)
+    assert len(data) == compute_size(LAYOUT)
+    for name, value in make_tensors().items():
+        assert np.array_equal(decode_tensors(data, LAYOUT)[name], value)
+        assert np.array_equal(load(data)[name], value)
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "longer", "header", "nan"])
+def test_invalid_checkpoint(spoil: str) -> None:
+    data = bytearray(encode_tensors(make_tensors(), LAYOUT))
+    start = len(data) - 6 * 4 - 4 * 8
+    if spoil == "nan":
+        data[start : start + 4] = np.float32("nan").tobytes()
+    changed = {"truncated": data[:-1], "longer": data + b"\0", "header": bytes(8) + data[8:], "nan": data}[spoil]
+    with pytest.raises(CheckpointError):
+        decode_tensors(bytes(changed), LAYOUT)
+
+
+# -- merge
+
+SCRIPT = """
+import numpy as np
+from swarmchain.checkpoint import digest_tensors
+from swarmchain.merge import Input, merge_deltas
+from swarmchain.spec import Merge
+g = np.random.default_rng(1)
+shape = (257, 129)
+parent = {"w": g.normal(size=shape).astype(np.float32)}
+inputs = [Input(i, 10 + i, {"w": (g.normal(size=shape) * (i + 1)).astype(np.float32)}) for i in range(5)]
+merged, shares = merge_deltas(parent, inputs, Merge())
+print(digest_tensors(merged, {"w": ("float32", shape)}), [s.norm.hex() for s in shares])
+"""
+
+
+def test_merge_is_equal_to_the_last_bit_whatever_the_cpu() -> None:
+    found = set()
+    for capability in ("default", "avx2", "avx512"):
+        for threads in ("1", "2"):
+            numpy_off = "AVX2 AVX512F AVX512_SKX" if capability == "default" else ""
+            env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": threads}
+            if numpy_off:
+                env["NPY_DISABLE_CPU_FEATURES"] = numpy_off
+            done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, env=env)
+            assert done.returncode == 0, done.stderr
+            found.add(done.stdout)
+    assert len(found) == 1
+
+
+def make_inputs(scale: float = 1.0) -> list[Input]:
+    g = np.random.default_rng(0)
+    deltas = [g.normal(size=50).astype(np.float32) for _ in range(4)]
+    deltas[3] = deltas[3] * np.float32(scale)
+    return [Input(i, 100, {"w": d}) for i, d in enumerate(deltas)]
+
+
+def test_merge_ignores_the_order_of_arrival() -> None:
+    parent = {"w": np.zeros(50, np.float32)}
+    forward, _ = merge_deltas(parent, make_inputs(), Merge())
+    backward, _ = merge_deltas(parent, make_inputs()[::-1], Merge())
+    assert digest_tensors(forward, {"w": ("float32", (50,))}) == digest_tensors(backward, {"w": ("float32", (50,))})
+
+
+def test_merge_bounds_a_scaled_contribution() -> None:
+    parent = {"w": np.zeros(50, np.float32)}
+    merged, shares = merge_deltas(parent, make_inputs(1000.0), Merge())
+    assert shares[3].clip_factor < 0.01
+    assert np.linalg.norm(merged["w"]) < 20
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=20), st.sampled_from(["samples", "sqrt_samples", "equal"]))
+def test_merge_weights_sum_to_one_and_keep_the_cap(samples: list[int], weighting: str) -> None:
+    weights = compute_weights(samples, Merge(weighting=weighting, weight_max=0.5))
+    assert abs(sum(weights) - 1) < 1e-12
+    assert max(weights) <= max(0.5, 1 / len(samples)) + 1e-12
+
+
+# -- store
+
+
+def test_store_round_trip(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    digest = store.put_blob(b"hello")
+    assert store.get_blob(digest, bytes_max=5) == b"hello"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_invalid_store_blob(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    digest = store.put_blob(b"hello")
+    with pytest.raises(BlobMissing):
+        store.get_blob(ZERO, bytes_max=5)
+    with pytest.raises(StoreError, match="longer than"):
+        store.get_blob(digest, bytes_max=4)
+    next(tmp_path.rglob(digest)).write_bytes(b"jello")
+    with pytest.raises(StoreError, match="not what its name says"):
+        store.get_blob(digest, bytes_max=5)
+    with pytest.raises(StoreError, match="no digest"):
+        store.has_blob("../../etc/passwd")
+
+
+def test_invalid_store_that_is_full_or_read_only() -> None:
+    with pytest.raises(StoreError, match="is no folder"):
+        Store("/nowhere/at/all")
+    if Path("/proc/self").is_dir():  # a folder that nobody may write to, root included
+        with pytest.raises(StoreError, match="cannot write"):
+            Store("/proc/self").require_writable()
+
+
+# -- journal
+
+KEY = RoundKey(31337, "0x" + "1" * 40, 1, 1)
+
+
+def open_journal(folder: Path, address: str = "0xa") -> Journal:
+    return Journal(folder, chain_id=31337, contract=KEY.contract, address=address)
+
+
+def test_journal_remembers_over_a_restart(tmp_path: Path) -> None:
+    from swarmchain.protocol import compute_digest
+
+    opening = Opening(digest=compute_digest(b"x"), samples=3, salt=ZERO, metrics={"loss": 0.5})
+    journal = open_journal(tmp_path)
+    journal.record_contribution(KEY, opening, b"x")
+    journal.close()
+    journal = open_journal(tmp_path)
+    assert journal.get_contribution(KEY) == opening
+    assert journal.read_contribution(opening) == b"x"
+    with pytest.raises(JournalError, match="already promised"):
+        journal.record_contribution(KEY, opening.model_copy(update={"samples": 4}), b"x")
+    journal.close()
+    assert (tmp_path / "journal.sqlite").stat().st_mode & 0o077 == 0
+    with pytest.raises(JournalError, match="belongs to"):
+        open_journal(tmp_path, address="0xb")
+
+
+# -- duties
+
+
+def make_view(**changes: object) -> RunView:
+    everyone = frozenset({0, 1, 2})
+    values: dict[str, object] = {
+        "run": 1, "spec": ZERO, "terms": Terms(100, 50, 2), "proposer": 0, "joined": everyone, "round_id": 1,
+        "phase": Phase.COMMIT, "outcome": Outcome.PENDING, "opened_at": 0, "commit_deadline": 100,
+        "vote_deadline": 150, "quorum": 2, "members": everyone, "expected": everyone, "committed": frozenset(),
+        "voted": frozenset(), "rejecting": frozenset(), "finalized_round": 0, "checkpoint": ZERO, "manifest": ZERO,
+        "head": ZERO, "failures": 0, "rejections": 0, "commitments": {}, "now": 10,
+    }
+    return RunView(**{**values, **changes})  # type: ignore[arg-type]
+
+
+ALL = frozenset({0, 1, 2})
+VOTING = {"phase": Phase.VOTE, "committed": ALL, "commit_deadline": 10}
+CLOSED = {"phase": Phase.CLOSED, "outcome": Outcome.FINALIZED, "committed": ALL, "voted": ALL}
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory", "duty"),
+    [
+        ({}, {}, Duty.CONTRIBUTE),
+        ({"committed": frozenset({0})}, {}, Duty.WAIT),
+        ({"joined": frozenset({1, 2})}, {}, Duty.WAIT),
+        ({"members": frozenset({1, 2})}, {}, Duty.WAIT),
+        (VOTING, {}, Duty.PUBLISH),
+        (VOTING, {"published": True}, Duty.WAIT),
+        (VOTING, {"published": True, "available": ALL}, Duty.VOTE),
+        (VOTING, {"published": True, "available": frozenset({0, 1})}, Duty.WAIT),
+        (VOTING, {"published": True, "available": frozenset({0, 1}), "withheld": frozenset({2})}, Duty.VOTE),
+        ({**VOTING, "now": 41}, {"published": True, "available": frozenset({0, 1})}, Duty.VOTE),
+        ({**VOTING, "now": 41}, {"published": True, "available": frozenset({0})}, Duty.WAIT),
+        (VOTING, {"published": True, "available": ALL, "voted_inputs": 2}, Duty.VOTE),
+        (VOTING, {"published": True, "available": ALL, "voted_inputs": 3}, Duty.WAIT),
+        (CLOSED, {"published": True}, Duty.VOTE),
+        ({**CLOSED, "now": 151}, {"published": True}, Duty.VERIFY),
+        (CLOSED, {"recomputed": True, "quiet_s": 0.0}, Duty.WAIT),
+        (CLOSED, {"recomputed": True, "quiet_s": 4.0}, Duty.OPEN),
+        ({**CLOSED, "committed": frozenset({1, 2})}, {"recomputed": True}, Duty.ANNOUNCE),
+        ({**CLOSED, "round_id": 9}, {"recomputed": True}, Duty.DONE),
+        ({"phase": Phase.CLOSED, "outcome": Outcome.EXPIRED, "failures": 4}, {}, Duty.DONE),
+        ({"phase": Phase.NONE, "round_id": 0, "joined": frozenset({0, 1})}, {"quiet_s": 99.0}, Duty.WAIT),
+        ({"phase": Phase.NONE, "round_id": 0}, {}, Duty.OPEN),
+    ],
+)
+def test_duty_table(changes: dict[str, object], memory: dict[str, object], duty: Duty) -> None:
+    limits = Limits(rounds=9, sites_to_start=3)
+    assert decide(make_view(**changes), limits, Memory(**memory), site=0) is duty  # type: ignore[arg-type]
+
+
+# -- data
+
+
+def test_validation_cells_do_not_depend_on_their_order() -> None:
+    names = np.array([f"c{i}" for i in range(50)])
+    y = np.arange(50) % 3
+    chosen = set(names[choose_validation(names, y, share=0.2)])
+    back = names[::-1]
+    assert set(back[choose_validation(back, y[::-1], share=0.2)]) == chosen
+
+
+def test_counts_become_what_scanpy_makes_of_them() -> None:
+    import scanpy
+
+    x = np.random.default_rng(0).poisson(3.0, size=(20, 30)).astype(np.float32)
+    reference = anndata.AnnData(x.copy())
+    scanpy.pp.normalize_total(reference, target_sum=1e4)
+    scanpy.pp.log1p(reference)
+    assert np.allclose(normalize(x, "auto", Normalization(), source="x"), reference.X, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "NaN or infinity"), (-3.0, "negative values"), (99.5, "neither")])
+def test_invalid_values_in_x(value: float, words: str) -> None:
+    x = np.ones((3, 4), np.float32)
+    x[1, 2] = value
+    with pytest.raises(DataError, match=words):
+        normalize(x, "auto", Normalization(), source="site.h5ad")
+
+
+def test_invalid_data_file(tmp_path: Path) -> None:
+    settings = DataConfig(path="x", label_column="cell_type")
+    with pytest.raises(DataError, match="does not exist"):
+        read_cells(tmp_path / "none.h5ad", settings, Normalization())
+    (tmp_path / "bad.h5ad").write_bytes(b"no hdf5")
+    with pytest.raises(DataError, match="cannot read"):
+        read_cells(tmp_path / "bad.h5ad", settings, Normalization())
+    path = write_cells(tmp_path / "a.h5ad")
+    with pytest.raises(DataError, match="no column 'kind'"):
+        read_cells(path, DataConfig(path="x", label_column="kind"), Normalization())
+
+
+# -- config, keys, protocol, spec
+
+
+def test_site_toml_round_trip_and_example(tmp_path: Path) -> None:
+    text = render_site_toml(name='Sankt "Anna"', rpc_url="http://h:1", deployment="d.json", store="store",
+                            data="x.h5ad", label_column="cell_type", label_map={"B": "B cell"})
+    (tmp_path / "site.toml").write_text(text)
+    config = read_site_config(tmp_path / "site.toml")
+    assert (config.name, config.data.label_map) == ('Sankt "Anna"', {"B": "B cell"})
+    assert config.store_url == str(tmp_path / "store")
+
+
+def test_invalid_site_toml(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_site_config(path)
+    text = render_site_toml(name="A", rpc_url="http://h:1", deployment="d", store="s", data="x", label_column="c")
+    path.write_text(text.replace("poll_s", "pol_s"))
+    with pytest.raises(ConfigError, match="pol_s"):
+        read_site_config(path)
+
+
+def test_keystore_round_trip_and_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "keystore.json"
+    address = create_keystore(path, "secret", work_log2=4)
+    assert open_keystore(path, "secret").address == address
+    with pytest.raises(KeystoreError, match="wrong password"):
+        open_keystore(path, "Secret")
+    with pytest.raises(KeystoreError, match="exists already"):
+        create_keystore(path, "secret", work_log2=4)
+    path.chmod(0o644)
+    with pytest.raises(KeystoreError, match="readable by others"):
+        open_keystore(path, "secret")
+
+
+def test_salt_is_secret_and_repeatable() -> None:
+    a, b = make_signers(2)
+    assert a.derive_salt(KEY, ZERO) == a.derive_salt(KEY, ZERO) != b.derive_salt(KEY, ZERO)
+    assert "0101" not in repr(a)
+
+
+def test_opening_round_trip_and_refusals() -> None:
+    opening = Opening(digest=ZERO, samples=1, salt=ZERO)
+    data = encode_canonical(opening)
+    assert parse_opening(data) == opening
+    for bad in (b"", b"[]", data.replace(b'"samples":1', b'"samples":0'), data.replace(b"{", b'{"x":1,', 1), b" " * 20_000):
+        with pytest.raises(OpeningError):
+            parse_opening(bad)
+
+
+def test_invalid_spec_names_the_field() -> None:
+    with pytest.raises(SpecError, match="task"):
+        parse_spec(b"{}")
