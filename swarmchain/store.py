@@ -23,6 +23,7 @@ from swarmchain.protocol import OPENING_BYTES_MAX, compute_digest
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 # What "out of space", "read-only" and "not allowed" look like over a folder: nothing that waiting mends.
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMISSIONS = "check that the store is there, and that this account may write to it"
 
 
 class Store:
@@ -159,11 +160,11 @@ class Store:
         except StoreError:
             raise
         except FileNotFoundError as exc:
-            raise BlobMissing(f"{_short(path)} is not in {self.url}") from exc
+            if verb == "read":
+                raise BlobMissing(f"{_short(path)} is not in {self.url}") from exc
+            raise StoreError(f"cannot {verb} {_short(path)} in {self.url}: {exc.strerror}", hint=_PERMISSIONS) from exc
         except _REFUSALS as exc:
-            raise StoreError(
-                f"cannot {verb} {_short(path)} in {self.url}: {exc.strerror}", hint="check the store's permissions"
-            ) from exc
+            raise StoreError(f"cannot {verb} {_short(path)} in {self.url}: {exc.strerror}", hint=_PERMISSIONS) from exc
         except OSError as exc:
             if self._is_folder:
                 raise StoreError(

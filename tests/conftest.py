@@ -52,7 +52,9 @@ def world(anvil: Devchain) -> World:
     return make_world(anvil)
 
 
-def write_cells(path: Path, *, cells: int = 90, features: int = 12, classes: int = 3, seed: int = 0, **obs: object) -> Path:
+def write_cells(
+    path: Path, *, cells: int = 90, features: int = 12, classes: int = 3, seed: int = 0, **obs: object
+) -> Path:
     """Counts whose mean differs between the classes."""
     generator = np.random.default_rng(seed)
     y = np.arange(cells) % classes

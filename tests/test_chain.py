@@ -149,7 +149,8 @@ def test_invalid_anvil_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shipped_contract_is_what_the_sources_compile_to() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "deploy" / "compile.py"), "--check"], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "deploy" / "compile.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -91,7 +91,8 @@ def test_merge_is_equal_to_the_last_bit_whatever_the_cpu() -> None:
             env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": threads}
             if numpy_off:
                 env["NPY_DISABLE_CPU_FEATURES"] = numpy_off
-            done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, env=env)
+            command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
             assert done.returncode == 0, done.stderr
             found.add(done.stdout)
     assert len(found) == 1
@@ -257,7 +258,9 @@ def test_counts_become_what_scanpy_makes_of_them() -> None:
     assert np.allclose(normalize(x, "auto", Normalization(), source="x"), reference.X, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("value", "words"), [(np.nan, "NaN or infinity"), (-3.0, "negative values"), (99.5, "neither")])
+@pytest.mark.parametrize(
+    ("value", "words"), [(np.nan, "NaN or infinity"), (-3.0, "negative values"), (99.5, "neither")]
+)
 def test_invalid_values_in_x(value: float, words: str) -> None:
     x = np.ones((3, 4), np.float32)
     x[1, 2] = value
@@ -322,7 +325,8 @@ def test_opening_round_trip_and_refusals() -> None:
     opening = Opening(digest=ZERO, samples=1, salt=ZERO)
     data = encode_canonical(opening)
     assert parse_opening(data) == opening
-    for bad in (b"", b"[]", data.replace(b'"samples":1', b'"samples":0'), data.replace(b"{", b'{"x":1,', 1), b" " * 20_000):
+    unknown, empty = data.replace(b"{", b'{"x":1,', 1), data.replace(b'"samples":1', b'"samples":0')
+    for bad in (b"", b"[]", empty, unknown, b" " * 20_000):
         with pytest.raises(OpeningError):
             parse_opening(bad)
 
