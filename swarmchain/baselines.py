@@ -1,7 +1,7 @@
 """What a swarm is compared with, on the same held-out cells: pooled training, each site alone, a linear model.
 
-The pooled and the local arms use the swarm's own network, preprocessing and optimiser; they take as many steps as the
-swarm's sites do together (pooled) or one of them does (local). Whoever has all data in one place may do this; a real
+The pooled and the local arms use the swarm's own network, preprocessing and optimiser, and take
+as many steps as each site of the swarm does. Whoever has all data in one place may do this; a real
 consortium cannot, which is why nothing here is part of an agent's work.
 """
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from swarmchain.baselines import compare, predict
 from swarmchain.certify import Arrays
@@ -28,6 +29,7 @@ from swarmchain.dealing import Dealt, deal_folder, deal_pbmc
 from swarmchain.errors import ConfigError, SwarmError
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
+from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
 from swarmchain.report import Predictions, format_metrics_table, write_report
 from swarmchain.spec import CellTypeSpec, Limits, Model, Training, checkpoint_layout, encode_spec
@@ -47,48 +49,9 @@ class Settings:
     dropout: float
 
 
-@dataclass
-class Watched:
-    """What the agents said, in order: (site, event)."""
-
-    console: Console
-    run: int
-    rounds: int
-    sites: int
-    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    committed: dict[int, list[str]] = field(default_factory=dict)
-    voted: dict[int, list[tuple[str, float | None]]] = field(default_factory=dict)
-
-    def show(self, site: str, event: dict[str, Any]) -> None:
-        """Take one event; print a line when a round has all its commitments, and when it has all its votes."""
-        self.events.append((site, event))
-        if event["event"] in ("refused", "unreachable", "MISMATCH"):
-            if event["event"] != "refused":
-                self.console.print(f"  [red]{site}: {event['event']} {event.get('reason', '')}[/red]")
-            return
-        if event.get("run") != self.run or "round" not in event:
-            return
-        number = event["round"]
-        if event["event"] == "committed":
-            self.committed.setdefault(number, []).append(site)
-        elif event["event"] == "voted":
-            votes = self.voted.setdefault(number, [])
-            votes.append((site, event["score"]))
-            if len(votes) == len(self.committed.get(number, [])):
-                self._print_round(number, event["checkpoint"])
-
-    def _print_round(self, number: int, checkpoint: str) -> None:
-        scores = "  ".join(
-            f"{site} {'–' if score is None else format(score, '.2f')}" for site, score in sorted(self.voted[number])
-        )
-        self.console.print(
-            f"  round {number:>3}/{self.rounds}  {len(self.committed[number])} committed, "
-            f"{len(self.voted[number])} voted  {checkpoint[:8]}…  {scores}", highlight=False, soft_wrap=True,
-        )
-
-
 def run_demo(
-    *, data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int
+    *, data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int,
+    console: Console,
 ) -> dict[str, Any]:
     """Do everything and write `out`: summary.json, report.html, model.safetensors, spec.json, annotated.h5ad.
 
@@ -98,7 +61,6 @@ def run_demo(
         What goes wrong, in one line; every process that was started is ended.
     """
     started = time.monotonic()
-    console = Console()
     torch.set_num_threads(1)
     if splits is not None and data is None:
         raise ConfigError("--splits goes with --data", hint="name the folder of .h5ad files with --data")
@@ -108,7 +70,7 @@ def run_demo(
     try:
         dealt = deal_pbmc(work / "data", seed=seed) if data is None else deal_folder(
             work / "data", data, splits=splits, label_column=label_column, seed=seed)
-        console.print(f"[bold]{dealt.title}[/bold] — {dealt.dataset}")
+        console.print(f"[bold]{dealt.title}[/bold] — {escape(dealt.dataset)}", soft_wrap=True)
         with start_consortium(work / "swarm", dealt.files, label_column=dealt.label_column, seed=seed) as consortium:
             summary = _run_swarm(consortium, dealt, settings, console, out=out, seed=seed, started=started)
     finally:
@@ -116,8 +78,8 @@ def run_demo(
     console.print(format_metrics_table(summary))
     final = summary["final"]
     verdict = "all sites hold the same bytes" if final["same_at_all_sites"] else "THE SITES DIFFER"
-    console.print(f"checkpoint {final['checkpoint']}: {verdict}")
-    console.print(f"{summary['timing_s']['total']:.0f} s; open {out / 'report.html'}")
+    console.print(f"{verdict}: checkpoint {final['checkpoint']}", soft_wrap=True)
+    console.print(f"{summary['timing_s']['total']:.0f} s; open {out / 'report.html'}", soft_wrap=True)
     if not final["same_at_all_sites"]:
         raise SwarmError("the sites do not hold the same checkpoint", hint=f"see {out / 'summary.json'}")
     return summary
@@ -127,12 +89,15 @@ def _run_swarm(
     consortium: Consortium, dealt: Dealt, settings: Settings, console: Console, *, out: Path, seed: int, started: float
 ) -> dict[str, Any]:
     chain, contract, sites = consortium.chain, consortium.contract, consortium.sites
-    console.print(f"{chain.client} at {chain.rpc_url}, chain {chain.chain_id}; contract {contract.address}")
+    console.print(f"{chain.client} at {chain.rpc_url}, chain {chain.chain_id}; contract {contract.address}",
+                  soft_wrap=True)
     first = consortium.propose(plan_statistics([s.card for s in sites], name="statistics", sites_to_start=len(sites)))
-    watched = Watched(console, first + 1, settings.rounds, len(sites))
+    watched = Progress(console, run=first + 1, rounds=settings.rounds, sites=len(sites),
+                       get_outcome=lambda n: contract.get_phase(first + 1, n, at=contract.node.read_time())[1])
     consortium.start_agents([first, first + 1])
     processes = ", ".join(f"{s.name} (pid {s.process.pid})" for s in sites if s.process)
-    console.print(f"agents: {processes}\nrun {first}: summed statistics of all sites, no cell leaves its own")
+    console.print(f"agents: {processes}\nrun {first}: summed statistics of all sites, no cell leaves its own",
+                  soft_wrap=True, markup=False)
     consortium.follow(watched.show, until=lambda: contract.view_run(first).finalized_round > 0)
     view = contract.view_run(first)
     spec, blob = plan_cell_type(
@@ -145,14 +110,16 @@ def _run_swarm(
     setup_s = time.monotonic() - started
     run = consortium.propose(spec)
     console.print(f"run {run}: {len(spec.labels)} cell types on {len(spec.panel.features)} genes, "
-                  f"{settings.rounds} rounds of {settings.steps} steps; scores are each site's own validation macro-F1")
-    consortium.follow(watched.show)
+                  f"{settings.rounds} rounds of {settings.steps} steps; scores are each site's own validation macro-F1",
+                  soft_wrap=True)
+    with console.status("the agents are starting") as watched.status:
+        consortium.follow(watched.show)
     return _conclude(consortium, dealt, spec, watched, run=run, statistics_run=first, out=out, seed=seed,
                      times=(started, setup_s))
 
 
 def _conclude(
-    consortium: Consortium, dealt: Dealt, spec: CellTypeSpec, watched: Watched, *, run: int, statistics_run: int,
+    consortium: Consortium, dealt: Dealt, spec: CellTypeSpec, watched: Progress, *, run: int, statistics_run: int,
     out: Path, seed: int, times: tuple[float, float],
 ) -> dict[str, Any]:
     contract, store = consortium.contract, consortium.store

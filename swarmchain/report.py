@@ -13,17 +13,19 @@ from typing import Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
+from rich import box
 from rich.table import Table
 
 from swarmchain.config import write_file
 
 ARMS = (("central", "central (all cells pooled)"), ("swarm", "swarm"), ("local_mean", "local, mean of sites"),
         ("local_worst", "local, worst site"), ("linear", "logistic regression (pooled)"))
-HEADS = (("central", "central"), ("swarm", "swarm"), ("local_mean", "local mean"), ("local_worst", "local worst"),
+HEADS = (("central", "central"), ("swarm", "swarm"), ("local_mean", "local\nmean"), ("local_worst", "worst\nlocal"),
          ("linear", "logistic\nregression"))
 # Okabe & Ito's colours and paler ones of them, told apart by most colour-blind readers
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f", "#8c6bb1", "#a65628")
-TIMES = ("train", "chain", "store", "merge", "wait")
+TIME_COLOURS = {"train": "#0072b2", "chain": "#e69f00", "store": "#009e73", "merge": "#cc79a7", "wait": "var(--line)"}
+TIMES = tuple(TIME_COLOURS)
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Predictions:
 def format_metrics_table(summary: Mapping[str, Any]) -> Table:
     """The arms beside each other, for a terminal."""
     metrics = summary["metrics"]
-    table = Table(title="F1 on the same held-out cells", title_justify="left")
-    table.add_column("cell type (cells)")
+    worst = metrics["local_worst"]["site"]
+    table = Table(title="F1 on the same held-out cells", title_justify="left", box=box.SIMPLE_HEAD,
+                  caption=f"worst local: {worst}", caption_justify="left")
+    table.add_column("cell type (cells)", no_wrap=True, vertical="bottom")
     for key, words in HEADS:
-        style = "green" if key == "swarm" else ""
-        table.add_column(f"{words}\n{metrics[key].get('site', '')}".strip(), justify="right", style=style)
+        table.add_column(words, justify="right", style="green" if key == "swarm" else "", vertical="bottom")
     table.add_row("macro-F1", *(_number(metrics[key]["macro_f1"]) for key, _ in HEADS), style="bold", end_section=True)
     for label, cells in summary["support"].items():
         values = [_number(metrics[key]["per_class"].get(label)) for key, _ in HEADS]
@@ -63,7 +66,7 @@ def write_report(path: Path, *, summary: Mapping[str, Any], predictions: Predict
     page = environment.get_template("report.html").render(
         s=summary, arms=ARMS, colours=_colours(len(predictions.labels)), labels=predictions.labels,
         site_colours=_colours(len(summary["sites"])), curves=_curves(summary), confusion=_confusion(predictions),
-        points=_points(predictions), times=TIMES, timing=_timing(summary["timing_s"]["rounds"]),
+        points=_points(predictions), time_colours=TIME_COLOURS, timing=_timing(summary["timing_s"]["rounds"]),
         grid=_grid(summary),
     )
     write_file(path, page.encode())
@@ -127,22 +130,20 @@ def _points(predictions: Predictions) -> list[tuple[float, float, int, int]]:
     ]
 
 
-def _timing(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean seconds over the sites for each kind of work, with the start of each bar's part."""
-    rows = []
+def _timing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean seconds over the sites for each kind of work: stacked bars 160 high, and median and maximum by kind."""
+    rows: list[dict[str, Any]] = []
     for row in rounds:
         sites = list(row["sites"].values())
         means = {kind: sum(s[kind] for s in sites) / max(len(sites), 1) for kind in TIMES}
         rows.append({"round_id": row["round_id"], **means})
-    longest = max((sum(r[k] for k in TIMES) for r in rows), default=1.0) or 1.0
+    longest = max((sum(r[k] for k in TIMES) for r in rows), default=0.0) or 1.0
     for row in rows:
-        start = 0.0
-        row["bars"] = []
-        for kind in TIMES:
-            height = 160 * row[kind] / longest
-            row["bars"].append((kind, 170 - start - height, height))
-            start += height
-    return rows
+        ends = np.cumsum([160 * row[kind] / longest for kind in TIMES])
+        starts = [0.0, *ends[:-1]]
+        row["bars"] = [(kind, 170 - end, end - start) for kind, start, end in zip(TIMES, starts, ends, strict=True)]
+    kinds = [(k, float(np.median([r[k] for r in rows])), max(r[k] for r in rows)) for k in TIMES] if rows else []
+    return {"rows": rows, "longest": longest, "step": 280 / max(len(rows), 12), "kinds": kinds}
 
 
 def _grid(summary: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, str, str]]]]:

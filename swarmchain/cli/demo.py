@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from swarmchain.cli.common import print_json
+
 
 @click.command(epilog="Example:  swarmchain demo --out demo-report")
 @click.option("--data", type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -16,8 +18,15 @@ import click
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-report"), show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), help="Default: 15, with --data 100.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def demo(data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json when done, and progress to standard error.")
+def demo(data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int,
+         as_json: bool) -> None:
     """A whole consortium on this machine: own chain, own store, one process per hospital, real cells."""
+    from rich.console import Console
+
     from swarmchain.demo import run_demo
 
-    run_demo(data=data, splits=splits, label_column=label_column, out=out, rounds=rounds, seed=seed)
+    summary = run_demo(data=data, splits=splits, label_column=label_column, out=out, rounds=rounds, seed=seed,
+                       console=Console(stderr=as_json, highlight=False))
+    if as_json:
+        print_json(summary)
