@@ -7,6 +7,7 @@ silent default.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tomllib
@@ -183,7 +184,8 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ConfigError(f"cannot write {path}: {exc.strerror}", hint="check permissions and free space") from exc
 
 
