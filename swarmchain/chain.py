@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ import requests
 from eth_abi.abi import decode as abi_decode
 from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 from web3 import HTTPProvider, Web3
 from web3.exceptions import (
     ContractCustomError,
@@ -30,7 +32,7 @@ from web3.exceptions import (
 )
 
 from swarmchain.config import Deployment
-from swarmchain.errors import CONTRACT_ERRORS, ChainError, ChainUnreachable, ConfigError
+from swarmchain.errors import CONTRACT_ERRORS, ChainError, ChainUnreachable, ConfigError, NonceTaken
 from swarmchain.keys import Signer
 from swarmchain.protocol import Outcome, Phase, RoundKey, RunView, Terms, mask_to_sites
 
@@ -41,6 +43,11 @@ GAS_MAX = {"proposeRun": 400_000, "joinRun": 200_000, "announce": 150_000, "open
            "commit": 250_000, "vote": 400_000}
 DEPLOY_GAS_BASE, DEPLOY_GAS_PER_SITE = 4_500_000, 120_000
 RECEIPT_TIMEOUT_S = 60.0
+SENDS_MAX = 20
+# geth and Anvil, Hardhat, Besu: how nodes say that another transaction of this key has the nonce
+NONCE_WORDS = re.compile(
+    "nonce too low|nonce has already been used|replacement transaction underpriced|already known|already imported"
+    "|known transaction|below current nonce", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -109,14 +116,14 @@ class Node:
         raise ChainError(f"the node at {self.rpc_url} shows no block", hint="is it still starting?")
 
     def send(self, signer: Signer, call: dict[str, Any], *, gas: int) -> Any:
-        """Sign and send one transaction, wait for its receipt and return it."""
-        fees = self._fees()
-        transaction = {
-            **call, **fees, "chainId": self.chain_id, "gas": gas, "value": 0,
-            "nonce": self.ask(lambda: self.web3.eth.get_transaction_count(signer.address, "pending")),  # type: ignore[arg-type]
-        }
-        raw = signer.sign_transaction(transaction)
-        digest = self.ask(lambda: self.web3.eth.send_raw_transaction(raw))
+        """Sign and send one transaction, wait for its receipt and return it.
+
+        A person and an agent may use one site's key at the same moment; who finds the nonce taken takes the next.
+        """
+        for attempt in Retrying(retry=retry_if_exception_type(NonceTaken), stop=stop_after_attempt(SENDS_MAX),
+                                wait=wait_fixed(0.05), reraise=True):
+            with attempt:
+                digest = self._send_once(signer, call, gas=gas)
         try:
             return self.ask(lambda: self.web3.eth.wait_for_transaction_receipt(
                 digest, timeout=RECEIPT_TIMEOUT_S, poll_latency=0.05))
@@ -125,6 +132,15 @@ class Node:
                 f"transaction {digest.hex()[:12]}… is in no block after {RECEIPT_TIMEOUT_S:.0f} s",
                 hint="has the chain stalled? the agent looks again before it sends another",
             ) from exc
+
+    def _send_once(self, signer: Signer, call: dict[str, Any], *, gas: int) -> Any:
+        fees = self._fees()
+        transaction = {
+            **call, **fees, "chainId": self.chain_id, "gas": gas, "value": 0,
+            "nonce": self.ask(lambda: self.web3.eth.get_transaction_count(signer.address, "pending")),  # type: ignore[arg-type]
+        }
+        raw = signer.sign_transaction(transaction)
+        return self.ask(lambda: self.web3.eth.send_raw_transaction(raw))
 
     def _fees(self) -> dict[str, int]:
         """Free where the chain is free (permissioned chains are), else twice the base fee and the suggested tip."""
@@ -342,7 +358,8 @@ def _decode_rpc_error(exc: Web3RPCError) -> ChainError:
     if data := _find_revert_data(error.get("data") if isinstance(error, dict) else None):
         return decode_revert(data)
     message = error.get("message", "") if isinstance(error, dict) else ""
-    return ChainError(f"the node refused: {message or exc}".splitlines()[0])
+    kind = NonceTaken if NONCE_WORDS.search(message) else ChainError
+    return kind(f"the node refused: {message or exc}".splitlines()[0])
 
 
 def _find_revert_data(data: Any) -> str:

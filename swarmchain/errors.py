@@ -11,6 +11,7 @@
     ├── JournalError                the site's own memory of its promises
     ├── DevchainError               a dev chain could not be started
     ├── ChainError                  the chain answered, but not as our contract would
+    │   ├── NonceTaken              another transaction of this key was faster
     │   └── ContractError           a refusal by the contract: one class for each Solidity error
     └── Unreachable                 exit code 3: a supervisor may retry
         ├── ChainUnreachable
@@ -86,6 +87,10 @@ class DevchainError(SwarmError):
 
 class ChainError(SwarmError):
     """The chain answered, but not as our contract would."""
+
+
+class NonceTaken(ChainError):
+    """Another transaction with the same key and nonce was faster."""
 
 
 class Unreachable(SwarmError):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from conftest import World, make_signers, make_world
@@ -59,6 +61,21 @@ def test_round_on_hardhat() -> None:
         drive_a_round(world)
         with pytest.raises(errors.AlreadyJoined, match="site 0 has already joined run 1"):
             world.contract.join_run(world.signers[0], 1)
+
+
+@pytest.mark.parametrize("engine", ["anvil", "hardhat"])
+def test_one_key_used_by_two_processes_at_once(engine: Literal["anvil", "hardhat"]) -> None:
+    """As when a person proposes a run while the site's agent works with the same key."""
+    with start_devchain(engine) as chain:
+        world = make_world(chain)
+
+        def propose(_: int) -> list[int]:
+            contract = SwarmContract(Node(chain.rpc_url), world.deployment)
+            return [contract.propose_run(world.signers[0], spec=SPEC, terms=Terms(100, 50, 2)) for _ in range(8)]
+
+        with ThreadPoolExecutor(4) as pool:
+            runs = [run for found in pool.map(propose, range(4)) for run in found]
+        assert sorted(runs) == list(range(1, 33))
 
 
 def test_commitment_equals_the_contracts(world: World) -> None:
