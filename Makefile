@@ -1,11 +1,11 @@
-# demo · test · check · bench: each sets up what it needs, and is quiet when there is nothing to do.
+# demo · test · check · bench · docs: each sets up what it needs, and is quiet when there is nothing to do.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FORGE = $(firstword $(wildcard node_modules/@foundry-rs/forge-*/bin/forge) forge)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check setup compile clean
+.PHONY: demo test check bench docs setup compile clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -16,10 +16,17 @@ test: setup
 	$(BIN)/python -m pytest
 
 check: setup
-	$(BIN)/ruff check swarmchain deploy tests
+	$(BIN)/ruff check swarmchain deploy tests bench docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python deploy/compile.py --check
+	$(BIN)/python docs/generate_cli.py --check
+
+bench: setup
+	@for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: setup
+	$(BIN)/python docs/generate_cli.py
 
 compile: setup
 	$(BIN)/python deploy/compile.py

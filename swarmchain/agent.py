@@ -358,7 +358,9 @@ class Agent:
         self._remember(view, recomputed=True)
 
     def _finish(self, view: RunView, work: RunWork) -> None:
-        reason = "all rounds done" if view.round_id >= work.spec.limits.rounds else "too many failures in a row"
+        limits = work.spec.limits
+        failed = view.failures_in_a_row >= limits.failures_max
+        reason = "too many failures in a row" if failed else f"done after round {view.round_id}"
         held = ""
         if view.finalized_round:
             layout = checkpoint_layout(work.spec)

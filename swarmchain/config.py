@@ -191,33 +191,50 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 SITE_TOML = """\
 # A site's own settings. Nothing in this file is shared. Relative paths are relative to this file.
-name = {name}                 # as the other sites know it, at most 32 bytes
+
+# as the other sites know it, at most 32 bytes
+name = {name}
 
 [chain]
-rpc_url = {rpc_url}           # an Ethereum node of the consortium's chain; SWARMCHAIN_RPC_URL wins
-deployment = {deployment}     # written by `swarmchain deploy`; ask the site that deployed
-timeout_s = 10.0              # how long to wait for one answer of the node
+# an Ethereum node of the consortium's chain; SWARMCHAIN_RPC_URL in the environment wins
+rpc_url = {rpc_url}
+# written by `swarmchain deploy`; ask the site that deployed
+deployment = {deployment}
+# how long to wait for one answer of the node, in seconds
+timeout_s = 10.0
 
 [store]
-url = {store}                 # a folder that all sites see, or an fsspec URL such as s3://bucket/prefix
+# a folder that all sites see, or an fsspec URL such as s3://bucket/prefix
+url = {store}
 
 [keys]
-keystore = {keystore}         # encrypted; who has it and its password signs for the site
+# encrypted; who has it and its password signs for the site
+keystore = {keystore}
+# else SWARMCHAIN_PASSWORD in the environment, or a prompt
 {password_line}
 
 [data]
-path = {data}                 # an AnnData file (.h5ad); it never leaves the site
-label_column = {label_column} # the column of .obs that holds the cell type
-state = "auto"                # what X holds: counts, log1p, arcsinh, none, or auto (told from the numbers)
-# layer = "counts"            # use this layer in place of X
+# an AnnData file (.h5ad); it never leaves the site
+path = {data}
+# the column of .obs that holds the cell type
+label_column = {label_column}
+# what X holds: "counts", "log1p", "arcsinh", "none" (as it is), or "auto" (told from the numbers)
+state = "auto"
+# use this layer in place of X
+# layer = "counts"
 
-[data.label_map]              # this site's label = the run's label; "" leaves those cells out
+# this site's label = the run's label; "" leaves those cells out
+[data.label_map]
 {label_map}
 [agent]
-work_dir = "work"             # journal and own contributions
-poll_s = {poll_s}             # pause between two looks at the chain
-stagger_s = {stagger_s}       # how long the next site waits before it opens a round in another's place
-threads = 1                   # CPU threads for training; keep it fixed, results depend on it
+# journal and own contributions
+work_dir = "work"
+# pause between two looks at the chain, in seconds
+poll_s = {poll_s}
+# how long the next site waits before it opens a round in another's place, in seconds
+stagger_s = {stagger_s}
+# CPU threads for training; keep it fixed, results depend on it
+threads = 1
 """
 
 
@@ -238,7 +255,7 @@ def render_site_toml(
     """Text of an annotated site.toml. JSON strings are valid TOML strings."""
     quote = json.dumps
     password = f"password_file = {quote(password_file)}" if password_file else (
-        '# password_file = "password.txt"  # or SWARMCHAIN_PASSWORD in the environment, or a prompt'
+        '# password_file = "password.txt"'
     )
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     return SITE_TOML.format(

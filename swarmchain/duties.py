@@ -59,6 +59,8 @@ def is_over(view: RunView, limits: Limits) -> bool:
     """Whether no further round will be opened: all rounds done, or too many failures in a row."""
     if view.phase is not Phase.CLOSED:
         return False
+    if limits.one_checkpoint and view.finalized_round > 0:
+        return True
     return view.round_id >= limits.rounds or view.failures_in_a_row >= limits.failures_max
 
 

@@ -55,12 +55,13 @@ class Normalization(Strict):
 class Limits(Strict):
     """When a run starts, ends and rests.
 
-    `rounds` counts every round, whatever its outcome. The first round opens once `sites_to_start` have joined. The run
+    `rounds` counts every round, whatever its outcome; with `one_checkpoint` the first finalized one is the last. The first round opens once `sites_to_start` have joined. The run
     rests after `failures_max` rounds in a row without a checkpoint. Openings that are missing `opening_timeout_s` after
     the end of the Commit phase are not waited for.
     """
 
     rounds: Annotated[int, Field(ge=1, le=100_000)]
+    one_checkpoint: bool = False
     sites_to_start: Annotated[int, Field(ge=1, le=256)]
     failures_max: Annotated[int, Field(ge=1, le=1_000)] = 5
     opening_timeout_s: Positive = 30.0

@@ -17,6 +17,8 @@ from swarmchain.config import Deployment
 from swarmchain.devchain import Devchain, start_devchain
 from swarmchain.keys import Signer
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="session")
 def anvil() -> Iterator[Devchain]:

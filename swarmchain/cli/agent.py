@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, json_option, load, site_option, stop_on_signals, unlock
+from swarmchain.cli.common import connect, example, json_option, load, site_option, stop_on_signals, unlock
 
 
-@click.command(epilog="Example:  swarmchain agent --site charite/site.toml --run 1")
+@click.command(epilog=example("swarmchain agent --site north/site.toml --run 1"))
 @site_option
 @click.option("--run", "runs", type=click.IntRange(min=1), multiple=True,
               help="Work on this run and end with it; repeatable. Default: every run the site joined, for good.")
@@ -37,14 +37,25 @@ def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
         worker.close()
 
 
+WORDS = {
+    "started": "{name}: site {site}, {address}, at work",
+    "run": "{cells_train} training and {cells_validation} validation cells, {features} features of the panel",
+    "opened": "opened",
+    "committed": "committed a contribution from {samples} cells",
+    "voted": "{verb} checkpoint {checkpoint:.12}…{told}",
+    "verified": "recomputed checkpoint {checkpoint:.12}…, the same as on chain",
+    "MISMATCH": "MISMATCH: recomputed {checkpoint}, on chain is {on_chain}",
+    "refused": "looks again: {reason}",
+    "unreachable": "waits: {reason}",
+    "ended": "ended: {reason}; this site holds checkpoint {checkpoint}",
+}
+
+
 def _in_words(event: dict[str, Any]) -> str:
-    kind = event["event"]
-    where = f"run {event['run']}" if "run" in event else ""
-    where += f" round {event['round']:>3}" if "round" in event else ""
-    if kind == "voted":
-        score = "" if event["score"] is None else f", validation macro-F1 {event['score']:.3f}"
-        verb = "accepts" if event["accept"] else "REJECTS"
-        return f"{where}  {verb} checkpoint {event['checkpoint'][:12]}…{score}"
-    details = {k: v for k, v in event.items() if k not in ("event", "run", "round", "gas", "bytes", "spec")}
-    text = ", ".join(f"{k} {v[:12] + '…' if isinstance(v, str) and len(v) == 64 else v}" for k, v in details.items())
-    return f"{where}  {kind}  {text}".strip()
+    where = f"run {event['run']}  " if "run" in event else ""
+    if "round" in event and event["event"] != "ended":
+        where = where.rstrip() + f" round {event['round']:>3}  "
+    score = event.get("score")
+    told = "" if score is None else f", validation macro-F1 {score:.3f}"
+    verb = "accepts" if event.get("accept") else "REJECTS"
+    return where + WORDS[event["event"]].format(**{**event, "told": told, "verb": verb})

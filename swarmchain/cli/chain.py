@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import json_option, print_json, stop_on_signals, unlock_keystore
+from swarmchain.cli.common import example, json_option, print_json, stop_on_signals, unlock_keystore
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, DevchainError
 
 
-@click.command(epilog="Example:  swarmchain devchain --port 8545")
-@click.option("--engine", type=click.Choice(["anvil", "hardhat"]), default="anvil", show_default=True)
+@click.command(epilog=example("swarmchain devchain --port 8545"))
+@click.option("--engine", type=click.Choice(["anvil", "hardhat"]), default="anvil", show_default=True,
+              help="Which development chain.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0 takes a free port.")
 @json_option
 def devchain(engine: str, port: int, as_json: bool) -> None:
@@ -33,14 +34,15 @@ def devchain(engine: str, port: int, as_json: bool) -> None:
     click.echo("stopped", err=True)
 
 
-@click.command(epilog="Example:  swarmchain deploy --rpc-url http://127.0.0.1:8545 --keystore a/keystore.json "
-               "--site a/site-card.json --site b/site-card.json --site c/site-card.json")
+@click.command(epilog=example(
+    "swarmchain deploy --rpc-url http://127.0.0.1:8545 --keystore north/keystore.json",
+    "--site north/site-card.json --site east/site-card.json --site south/site-card.json"))
 @click.option("--rpc-url", required=True, envvar="SWARMCHAIN_RPC_URL", help="A node of the consortium's chain.")
 @click.option("--site", "cards", type=click.Path(path_type=Path), multiple=True, required=True,
               help="A founding site's card, as `site init` wrote it; repeatable.")
 @click.option("--keystore", type=click.Path(path_type=Path), required=True, help="Whose key pays for the deployment.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Else SWARMCHAIN_PASSWORD, or a prompt.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: deployments/<chain id>.json.")
+@click.option("--out", type=click.Path(path_type=Path), help="The file to write. Default: deployments/<chain id>.json.")
 @json_option
 def deploy(rpc_url: str, cards: tuple[Path, ...], keystore: Path, password_file: Path | None, out: Path | None,
            as_json: bool) -> None:

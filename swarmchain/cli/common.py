@@ -25,6 +25,11 @@ site_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for tools.")
 
 
+def example(*lines: str) -> str:
+    """Epilog with an example that pastes: click must not wrap it."""
+    return "\b\nExample:\n  " + " \\\n    ".join(lines)
+
+
 def unlock(config: SiteConfig) -> Signer:
     """The site's key; the password comes from the environment, the password file, or a prompt on a terminal."""
     path = config.resolve(config.keys.keystore)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
 from swarmchain.protocol import Terms
@@ -23,11 +23,12 @@ def new() -> None:
     """Write a spec to propose."""
 
 
-@new.command(epilog="Example:  swarmchain run new statistics --card a/site-card.json --card b/site-card.json "
-             "--out statistics.json")
+@new.command(epilog=example(
+    "swarmchain run new statistics --card north/site-card.json --card east/site-card.json",
+    "--card south/site-card.json --out statistics.json"))
 @click.option("--card", "cards", type=click.Path(path_type=Path), multiple=True, required=True,
               help="A site's card; repeatable.")
-@click.option("--name", default="statistics", show_default=True)
+@click.option("--name", default="statistics", show_default=True, help="What the sites call it.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
 def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
     """A run that sums means, SDs and class counts over the sites."""
@@ -40,15 +41,16 @@ def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels")
 
 
-@new.command("cell-type", epilog="Example:  swarmchain run new cell-type --site a/site.toml --statistics 1 "
-             "--rounds 12 --out training.json")
+@new.command("cell-type", epilog=example(
+    "swarmchain run new cell-type --site north/site.toml --statistics 1 --rounds 12", "--out training.json"))
 @site_option
 @click.option("--statistics", "source", type=click.IntRange(min=1), required=True, help="A finished statistics run.")
-@click.option("--name", default="cell types", show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--name", default="cell types", show_default=True, help="What the sites call it.")
+@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds to train.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Minibatches per round.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True,
+              help="Learning rate in the first round.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness in training.")
 @click.option("--features-at", type=click.IntRange(min=1), default=2, show_default=True,
               help="Panel: features that at least so many sites have.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
@@ -73,14 +75,18 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
                f"seed checkpoint {spec.seed_checkpoint[:12]}… is in the store")
 
 
-@run.command(epilog="Example:  swarmchain run propose --site a/site.toml --spec training.json")
+@run.command(epilog=example("swarmchain run propose --site north/site.toml --spec training.json"))
 @site_option
-@click.option("--spec", "spec_file", type=click.Path(path_type=Path), required=True)
-@click.option("--commit-window", type=click.IntRange(min=1), default=3600, show_default=True, help="Seconds.")
-@click.option("--vote-window", type=click.IntRange(min=1), default=1800, show_default=True, help="Seconds.")
+@click.option("--spec", "spec_file", type=click.Path(path_type=Path), required=True,
+              help="Spec, as `run new` wrote it.")
+@click.option("--commit-window", type=click.IntRange(min=1), default=3600, show_default=True,
+              help="Seconds that a round waits for contributions.")
+@click.option("--vote-window", type=click.IntRange(min=1), default=1800, show_default=True,
+              help="Seconds that a round waits for votes.")
 @click.option("--sites-min", type=click.IntRange(min=1), default=2, show_default=True,
               help="Contributions that a round needs.")
-@click.option("--quorum", type=click.FloatRange(0, 1), default=0.0, help="Share of the members; a majority at least.")
+@click.option("--quorum", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+              help="Share of the members that must accept a checkpoint; a majority in any case.")
 @json_option
 def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: int, sites_min: int, quorum: float,
             as_json: bool) -> None:
@@ -103,7 +109,7 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
         click.echo(f"run {number} proposed: {spec.task} “{spec.name}”, spec {digest[:12]}…")
 
 
-@run.command(epilog="Example:  swarmchain run join 1 --site a/site.toml")
+@run.command(epilog=example("swarmchain run join 1 --site north/site.toml"))
 @click.argument("number", type=click.IntRange(min=1))
 @site_option
 def join(number: int, site_file: Path) -> None:
@@ -120,7 +126,7 @@ def join(number: int, site_file: Path) -> None:
     click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
 
-@run.command("list", epilog="Example:  swarmchain run list --site a/site.toml --json")
+@run.command("list", epilog=example("swarmchain run list --site north/site.toml --json"))
 @site_option
 @json_option
 def list_runs(site_file: Path, as_json: bool) -> None:
@@ -146,7 +152,7 @@ def list_runs(site_file: Path, as_json: bool) -> None:
                    f"round {row['round']}/{row['rounds']} {row['phase']:<7} {(row['checkpoint'] or '-')[:12]}")
 
 
-@run.command(epilog="Example:  swarmchain run export 2 --site a/site.toml --out model")
+@run.command(epilog=example("swarmchain run export 2 --site north/site.toml --out model"))
 @click.argument("number", type=click.IntRange(min=1))
 @site_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import json_option, print_json
-from swarmchain.config import DataConfig, SiteCard, render_site_toml, write_file
+from swarmchain.cli.common import example, json_option, print_json
+from swarmchain.config import SiteCard, render_site_toml, write_file
 from swarmchain.errors import ConfigError
 
 
@@ -17,8 +17,8 @@ def site() -> None:
     """Set up a site."""
 
 
-@site.command(epilog="Example:  swarmchain site init --name Charite --folder charite --data charite.h5ad "
-              "--label-column cell_type --store store --rpc-url http://127.0.0.1:8545")
+@site.command(epilog=example(
+    "swarmchain site init --name North --folder north --data cells/North.h5ad", "--label-column cell_type --store store"))
 @click.option("--name", required=True, help="The institution's name, at most 32 bytes.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Where site.toml goes. Default: here.")
 @click.option("--data", type=click.Path(path_type=Path, dir_okay=False), required=True, help="AnnData file (.h5ad).")
@@ -41,7 +41,6 @@ def init(name: str, folder: Path, data: Path, label_column: str, store: str, rpc
     if not 1 <= len(name.encode()) <= 32:
         raise ConfigError(f"the site name {name!r} is not 1 to 32 bytes long", hint="shorten it")
     features, labels = read_names(data, label_column)
-    DataConfig(path=str(data), label_column=label_column)
     if "://" not in store:
         Path(store).mkdir(parents=True, exist_ok=True)
         store = _relative(Path(store), folder)

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, json_option, load, print_json, site_option
+from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
 
 
-@click.command(epilog="Example:  swarmchain status --site a/site.toml")
+@click.command(epilog=example("swarmchain status --site north/site.toml"))
 @site_option
 @json_option
 def status(site_file: Path, as_json: bool) -> None:
