@@ -13,9 +13,10 @@ from swarmchain.cli import cli
 TARGET = Path(__file__).with_name("cli.md")
 HEAD = """# Command line
 
-Written by `make docs` from the commands' own help. Commands that report take `--json`. Exit codes: 0 done, 1 something to
-mend, 2 wrong usage, 3 chain or store unreachable (a supervisor may try again). A site's settings are in its `site.toml`
-([annotated example](../deploy/site.toml)); the environment's `SWARMCHAIN_PASSWORD` and `SWARMCHAIN_RPC_URL` win over it.
+Written by `make docs` from the commands' own help. Commands that report take `--json`. Exit codes: 0 done, 1 something
+to mend, 2 wrong usage, 3 chain or store unreachable (a supervisor may try again). A site's settings are in its
+`site.toml` ([annotated example](../deploy/site.toml)); the environment's `SWARMCHAIN_PASSWORD` and
+`SWARMCHAIN_RPC_URL` win over it.
 Passwords and keys are never arguments.
 """
 

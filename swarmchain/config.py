@@ -75,7 +75,7 @@ class SiteConfig(Strict):
 
     def resolve(self, path: str) -> Path:
         """`path` relative to the folder of site.toml."""
-        return self.folder / Path(path).expanduser()
+        return Path(os.path.normpath(self.folder / Path(path).expanduser()))
 
     @property
     def store_url(self) -> str:

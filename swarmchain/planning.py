@@ -51,7 +51,8 @@ def plan_statistics(
         raise SpecError(f"the site cards name {len(labels)} labels", hint="a classifier needs at least two")
     return StatisticsSpec(
         name=name, panel=Panel(features=tuple(features), share_min=0.0), labels=tuple(labels),
-        normalization=normalization or Normalization(), limits=Limits(rounds=5, one_checkpoint=True, sites_to_start=sites_to_start),
+        normalization=normalization or Normalization(),
+        limits=Limits(rounds=5, one_checkpoint=True, sites_to_start=sites_to_start),
     )
 
 

@@ -55,9 +55,9 @@ class Normalization(Strict):
 class Limits(Strict):
     """When a run starts, ends and rests.
 
-    `rounds` counts every round, whatever its outcome; with `one_checkpoint` the first finalized one is the last. The first round opens once `sites_to_start` have joined. The run
-    rests after `failures_max` rounds in a row without a checkpoint. Openings that are missing `opening_timeout_s` after
-    the end of the Commit phase are not waited for.
+    `rounds` counts every round, whatever its outcome; with `one_checkpoint` the first finalized one is the last. The
+    first round opens once `sites_to_start` have joined. The run rests after `failures_max` rounds in a row without a
+    checkpoint. Openings that are missing `opening_timeout_s` after the end of the Commit phase are not waited for.
     """
 
     rounds: Annotated[int, Field(ge=1, le=100_000)]

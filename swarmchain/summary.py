@@ -60,21 +60,26 @@ def measure_gas(contract: SwarmContract, run: int, names: Mapping[int, str]) -> 
             if call in ("openRound", "commit", "vote"):
                 by_site[names[event.values["opener" if call == "openRound" else "site"]]] += used
     return {
-        "calls": {call: {"median": int(statistics.median(used.values())), "max": max(used.values()),
-                         "count": len(used)} for call, used in sorted(calls.items())},
+        **{call: {"median": int(statistics.median(used.values())), "max": max(used.values()), "count": len(used)}
+           for call, used in sorted(calls.items())},
         "per_site_round": {name: used / max(rounds, 1) for name, used in by_site.items()},
     }
 
 
 def summarize_timing(events: Sequence[tuple[str, Mapping[str, Any]]], run: int, *, total: float, setup: float
                      ) -> dict[str, Any]:
-    """`timing_s` of summary.json, from the agents' `voted` events."""
+    """`timing_s` of summary.json, from the agents' `voted` events: per round the mean of the sites, and each site."""
     rounds: dict[int, dict[str, Any]] = {}
     for site, event in events:
         if event["event"] == "voted" and event["run"] == run:
             rounds.setdefault(event["round"], {})[site] = event["timing_s"]
     return {"total": round(total, 2), "setup": round(setup, 2),
-            "rounds": [{"round_id": n, "sites": dict(sorted(sites.items()))} for n, sites in sorted(rounds.items())]}
+            "rounds": [{"round_id": n, **_average(list(sites.values())), "sites": dict(sorted(sites.items()))}
+                       for n, sites in sorted(rounds.items())]}
+
+
+def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {kind: round(statistics.fmean(row[kind] for row in rows), 4) for kind in rows[0]}
 
 
 def to_json(summary: Mapping[str, Any]) -> bytes:

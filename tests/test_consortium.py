@@ -10,12 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import anndata
+import numpy as np
 import pytest
-from conftest import write_cells
+from conftest import ROOT, write_cells
 
 from swarmchain.devchain import Devchain, wait_until_gone
 from swarmchain.protocol import compute_digest
+from swarmchain.spec import Limits, Panel, StatisticsSpec, encode_spec
 
 PASSWORD = {"SWARMCHAIN_PASSWORD": "correct horse"}
 
@@ -121,6 +125,73 @@ def test_invalid_site_that_exists(consortium: Path) -> None:
     assert "exists already" in said
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({"nan": True}, "X holds NaN or infinity"),
+    ({"label": "Unheard-of"}, "label 'Unheard-of' is not on the run's list"),
+    ({"features": 5}, "holds 5 of the panel's 12 features (42%), the run needs 50%"),
+    ({"cells": 0}, "holds no cells"),
+    ({"missing": True}, "bad.h5ad does not exist"),
+])
+def test_invalid_data_when_joining(consortium: Path, change: dict[str, Any], words: str) -> None:
+    spec = StatisticsSpec(name="s", panel=Panel(features=tuple(f"gene{i}" for i in range(12))),
+                          labels=("type 0", "type 1", "type 2"), limits=Limits(rounds=1, sites_to_start=2))
+    (consortium / "strict.json").write_bytes(encode_spec(spec))
+    site = ("--site", "a/bad.toml")
+    text = (consortium / "a" / "site.toml").read_text().replace("a.h5ad", "bad.h5ad")
+    (consortium / "a" / "bad.toml").write_text(text)
+    (consortium / "bad.h5ad").unlink(missing_ok=True)
+    if "missing" not in change:
+        write_bad_cells(consortium / "bad.h5ad", **change)
+    said = swarmchain("run", "propose", *site, "--spec", "strict.json", "--json", folder=consortium)
+    run = json.loads(said)["run"]
+    said = swarmchain("run", "join", run, *site, folder=consortium, code=1)
+    assert words in said
+    assert len(said.strip().splitlines()) == 2  # one line, and the hint
+    listed = json.loads(swarmchain("run", "list", *site, "--json", folder=consortium))
+    assert listed[run - 1]["joined"] == []
+
+
+def write_bad_cells(path: Path, *, cells: int = 30, features: int = 12, nan: bool = False, label: str = "") -> None:
+    write_cells(path, cells=max(cells, 3), features=features)
+    data = anndata.read_h5ad(path)
+    if nan:
+        data.X[1, 1] = np.nan
+    if label:
+        data.obs["cell_type"] = [label, *data.obs["cell_type"].astype(str)[1:]]
+    data[:cells].copy().write_h5ad(path)
+
+
+def test_invalid_engine_without_node(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run([sys.executable, "-m", "swarmchain", "devchain", "--engine", "hardhat"], cwd=tmp_path,
+                          env={"PATH": str(tmp_path / "empty"), "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Node" in done.stderr or "node" in done.stderr
+
+
+def test_demo_whose_reader_leaves(tmp_path: Path) -> None:
+    """`swarmchain demo | head -1`: it stops without a traceback and without an orphan."""
+    import psutil
+
+    process = subprocess.Popen([sys.executable, "-m", "swarmchain", "demo", "--out", str(tmp_path / "out")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    time.sleep(2)
+    children = list_children(process.pid)
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1, errors
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in children if psutil.pid_exists(child)]
+
+
 def test_devchain_stops_cleanly(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-m", "swarmchain", "devchain"], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"})
@@ -170,6 +241,10 @@ def test_demo_repeats_to_the_last_bit(tmp_path: Path) -> None:
         summary = json.loads((tmp_path / out / "summary.json").read_text())
         assert summary["final"]["same_at_all_sites"] is True
         assert len(summary["rounds"]) == 10
+        documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "summary.md").read_text()))
+        assert {*summary, *summary["final"], *summary["run"], *summary["rounds"][0], *summary["sites"][0],
+                *summary["metrics"], *summary["gas"], *summary["timing_s"], *summary["timing_s"]["rounds"][0]
+                } <= documented
         finals.append(summary["final"]["checkpoint"])
         macro = {arm: summary["metrics"][arm]["macro_f1"] for arm in ("central", "swarm", "local_mean")}
         assert macro["swarm"] >= macro["local_mean"] + 0.15

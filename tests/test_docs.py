@@ -38,7 +38,8 @@ COMMANDS = dict(walk(cli))
 
 
 def test_command_reference_is_the_commands_help() -> None:
-    done = subprocess.run([sys.executable, ROOT / "docs" / "generate_cli.py", "--check"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "docs" / "generate_cli.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -69,8 +70,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def run_guide(script: str, folder: Path, env: dict[str, str]) -> str:
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=env, capture_output=True, text=True,
-                          timeout=200, stdin=subprocess.DEVNULL)
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=env, capture_output=True,
+                          text=True, timeout=200, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, script + done.stdout + done.stderr
     return done.stdout
 

@@ -51,9 +51,9 @@ def make_summary() -> dict[str, Any]:
         "metrics": {"central": arm, "swarm": arm, "local_mean": arm, "local_worst": {**arm, "site": HOSTILE},
                     "linear": arm, "local": {"A": arm}},
         "support": {LABELS[0]: 2, LABELS[1]: 2},
-        "gas": {"calls": {"commit": {"median": 55_000, "max": 88_000, "count": 3}}, "per_site_round": {"A": 100.0}},
+        "gas": {"commit": {"median": 55_000, "max": 88_000, "count": 3}, "per_site_round": {"A": 100.0}},
         "bytes": {"A": {"up": 2_000_000, "down": 3_000}}, "seed": 0, "versions": {"python": "3.11"},
-        "timing_s": {"total": 3.0, "setup": 1.0, "rounds": [{"round_id": 3, "sites": {"A": timing}}]},
+        "timing_s": {"total": 3.0, "setup": 1.0, "rounds": [{"round_id": 3, **timing, "sites": {"A": timing}}]},
     }
 
 
@@ -145,11 +145,11 @@ def test_metrics_table_fits_eighty_columns() -> None:
 
 
 def test_timing_keeps_every_site_of_a_round() -> None:
-    events = [(site, {"event": "voted", "run": run, "round": 1, "timing_s": {"train": 1.0}})
-              for site in ("B", "A") for run in (1, 2)]
+    events = [(site, {"event": "voted", "run": run, "round": 1, "timing_s": {"train": seconds}})
+              for site, seconds in (("B", 1.0), ("A", 2.0)) for run in (1, 2)]
     timing = summarize_timing(events, 2, total=3.14159, setup=1.0)
     assert timing == {"total": 3.14, "setup": 1.0,
-                      "rounds": [{"round_id": 1, "sites": {"A": {"train": 1.0}, "B": {"train": 1.0}}}]}
+                      "rounds": [{"round_id": 1, "train": 1.5, "sites": {"A": {"train": 2.0}, "B": {"train": 1.0}}}]}
 
 
 def test_invalid_summary_with_nan() -> None:

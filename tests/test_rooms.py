@@ -158,6 +158,19 @@ def test_invalid_store_that_is_full_or_read_only() -> None:
             Store("/proc/self").require_writable()
 
 
+def test_invalid_store_on_a_full_disk(tmp_path: Path) -> None:
+    """A file-size limit makes the kernel refuse a write half-way, as a full disk does; nothing half-written stays."""
+    script = (
+        "import resource, sys\nfrom swarmchain.store import Store\nfrom swarmchain.errors import StoreError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    Store(sys.argv[1]).put_blob(bytes(5000))\nexcept StoreError as exc:\n    print(exc.message)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert "cannot write blob" in done.stdout, done.stderr
+    assert "File too large" in done.stdout
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 # -- journal
 
 KEY = RoundKey(31337, "0x" + "1" * 40, 1, 1)

@@ -18,7 +18,8 @@ def site() -> None:
 
 
 @site.command(epilog=example(
-    "swarmchain site init --name North --folder north --data cells/North.h5ad", "--label-column cell_type --store store"))
+    "swarmchain site init --name North --folder north --data cells/North.h5ad",
+    "--label-column cell_type --store store"))
 @click.option("--name", required=True, help="The institution's name, at most 32 bytes.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Where site.toml goes. Default: here.")
 @click.option("--data", type=click.Path(path_type=Path, dir_okay=False), required=True, help="AnnData file (.h5ad).")
