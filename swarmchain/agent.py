@@ -13,13 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarmchain.certify import NO_PARENT, Arrays, Certified, certify, gather
 from swarmchain.chain import SwarmContract
-from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
+from swarmchain.checkpoint import compute_size
 from swarmchain.config import SiteConfig
-from swarmchain.data import SiteData, compute_standardization, compute_statistics, load_site_data
 from swarmchain.duties import Duty, Memory, decide
-from swarmchain.errors import ContractError, SpecError, SwarmError, UnknownRun, Unreachable
+from swarmchain.errors import ContractError, MergeMismatch, UnknownRun, Unreachable
 from swarmchain.journal import Ballot, Journal
 from swarmchain.keys import Signer
 from swarmchain.protocol import (
@@ -27,23 +25,15 @@ from swarmchain.protocol import (
     Opening,
     Outcome,
     Phase,
-    RoundKey,
     RunView,
     compute_commitment,
     compute_digest,
     encode_canonical,
     parse_manifest,
 )
-from swarmchain.spec import (
-    SPEC_BYTES_MAX,
-    CellTypeSpec,
-    Spec,
-    StatisticsSpec,
-    checkpoint_layout,
-    contribution_layout,
-    parse_spec,
-)
+from swarmchain.spec import checkpoint_layout
 from swarmchain.store import Store
+from swarmchain.work import RunWork
 
 Log = Callable[[dict[str, Any]], None]
 FAILURES_PAUSE_S = 30.0
@@ -70,106 +60,6 @@ class Clock:
         kinds = {kind: self.spent.get(kind, 0.0) for kind in ("train", "chain", "store", "merge")}
         kinds["wait"] = max(0.0, time.monotonic() - self.started - sum(kinds.values()))
         return {kind: round(value, 3) for kind, value in kinds.items()}
-
-
-def load_spec(store: Store, digest: str) -> Spec:
-    """Fetch and parse a run's spec. Raises `SpecError`, or `StoreError` if the store does not hold it."""
-    return parse_spec(store.get_blob(digest, bytes_max=SPEC_BYTES_MAX))
-
-
-class RunWork:
-    """All that one site does for one run, over the tensors and cells of that run."""
-
-    def __init__(self, config: SiteConfig, store: Store, view: RunView, *, site: int) -> None:
-        self.store = store
-        self.site = site
-        self.spec_digest = view.spec
-        self.spec = load_spec(store, view.spec)
-        self.data: SiteData = load_site_data(config, self.spec)
-        self._parent: tuple[str, Arrays] = (NO_PARENT, {})
-        self._cells: Any = None
-        if isinstance(self.spec, CellTypeSpec):
-            self._cells = self._prepare(self.spec, config.agent.threads)
-
-    def _prepare(self, spec: CellTypeSpec, threads: int) -> Any:
-        """Standardised cells; also checks that the seed checkpoint stands on the statistics that the spec names."""
-        import torch
-
-        from swarmchain.trainer import prepare_training
-
-        torch.set_num_threads(threads)
-        source = load_statistics_source(self.store, spec)
-        statistics = self._fetch(spec.statistics.checkpoint, source)
-        constants = compute_standardization(statistics, source.panel.features, spec.panel)
-        seed = self._fetch(spec.seed_checkpoint, spec)
-        for name, expected in constants.items():
-            if seed[name].tobytes() != expected.tobytes():
-                raise SpecError(
-                    f"the seed checkpoint's {name} is not what the statistics run {spec.statistics.run} gives",
-                    hint="do not join this run: whoever proposed it changed the standardisation",
-                )
-        rows = [source.labels.index(label) for label in spec.labels]
-        return prepare_training(self.data, spec, constants, statistics["cells_per_label"][rows])
-
-    def _fetch(self, digest: str, spec: Spec) -> Arrays:
-        layout = checkpoint_layout(spec)
-        return decode_tensors(self.store.get_blob(digest, bytes_max=compute_size(layout)), layout)
-
-    def read_parent(self, view: RunView) -> tuple[str, Arrays]:
-        """Digest and tensors of the checkpoint that the newest round starts from.
-
-        A finalized newest round has replaced its own parent on chain; then the manifest names it.
-        """
-        if isinstance(self.spec, StatisticsSpec):
-            return NO_PARENT, {}
-        if view.finalized_round == view.round_id and view.round_id > 0:
-            data = self.store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX)
-            digest = parse_manifest(data).parent
-        else:
-            digest = view.checkpoint if view.finalized_round else self.spec.seed_checkpoint
-        if self._parent[0] != digest:
-            self._parent = (digest, self._fetch(digest, self.spec))
-        return self._parent
-
-    def contribute(self, view: RunView) -> tuple[bytes, int, dict[str, float]]:
-        """Bytes of this site's contribution, its number of training cells, and remarks."""
-        layout = contribution_layout(self.spec)
-        if isinstance(self.spec, StatisticsSpec):
-            tensors: Arrays = compute_statistics(self.data, labels=len(self.spec.labels))
-            return encode_tensors(tensors, layout), len(self.data.train), {}
-        from swarmchain.trainer import train_round
-
-        _, parent = self.read_parent(view)
-        found = train_round(parent, self._cells, self.spec, round_id=view.round_id, site=self.site)
-        return encode_tensors(found.deltas, layout), found.samples, found.metrics
-
-    def certify(self, view: RunView, key: RoundKey, addresses: dict[int, str], *, only: frozenset[int] | None = None
-                ) -> Certified:
-        """Recompute the round's merge from what lies in the store."""
-        gathered = gather(self.store, view, self.spec, key=key, addresses=addresses, only=only)
-        rejections = view.rejections
-        return certify(self.spec, self.read_parent(view), gathered, key=key, spec_digest=self.spec_digest,
-                       rejections=rejections)
-
-    def judge(self, certified: Certified, view: RunView) -> tuple[bool, float | None]:
-        """Whether the checkpoint passes this site's gate, and its macro-F1 on the site's validation cells."""
-        if isinstance(self.spec, StatisticsSpec):
-            return True, None
-        from swarmchain.trainer import score_checkpoint
-
-        score = score_checkpoint(certified.tensors, self._cells, self.spec)
-        if score is None:
-            return True, None
-        before = score_checkpoint(self.read_parent(view)[1], self._cells, self.spec) or 0.0
-        return score >= before - self.spec.gate.score_drop_max, score
-
-
-def load_statistics_source(store: Store, spec: CellTypeSpec) -> StatisticsSpec:
-    """The spec of the statistics run that a training run stands on, found by the digest that the spec names."""
-    source = load_spec(store, spec.statistics.spec)
-    if not isinstance(source, StatisticsSpec):
-        raise SpecError(f"the spec {spec.statistics.spec[:12]}… is no statistics run's")
-    return source
 
 
 class Agent:
@@ -272,7 +162,7 @@ class Agent:
             manifest = parse_manifest(self.store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
             withheld = frozenset(item.site for item in manifest.excluded if item.reason == "withheld")
         finalized = ballot is not None and ballot.manifest == view.manifest
-        return Memory(withheld=withheld, voted_inputs=ballot.inputs if ballot else None, recomputed=finalized)
+        return Memory(withheld=withheld, weighed=ballot.inputs if ballot else None, recomputed=finalized)
 
     def _remember(self, view: RunView, **changes: Any) -> None:
         _, memory = self._memory[view.run]
@@ -325,21 +215,24 @@ class Agent:
         key, clock = self.contract.key_of(view.run, view.round_id), self._clock[view.run]
         with clock.measure("merge"):
             certified = work.certify(view, key, self.addresses)
-        inputs = len(certified.manifest.included)
-        if inputs < view.terms.sites_min:
+        done = view.outcome is Outcome.PENDING
+        weighed = len(view.committed & self._memory[view.run][1].available)
+        if certified is None or len(certified.manifest.included) < view.terms.sites_min:
+            self._remember(view, weighed=weighed)
+            self.log({"event": "too few", "run": view.run, "round": view.round_id, "openings": weighed,
+                      "needed": view.terms.sites_min})
             return
         accept, score = work.judge(certified, view)
         with clock.measure("store"):
             self.store.put_blob(certified.checkpoint)
             self.store.put_blob(certified.manifest_bytes)
         ballot = Ballot(certified.manifest.checkpoint, certified.manifest_digest, accept,
-                        round((score or 0.0) * 10_000), inputs)
+                        round((score or 0.0) * 10_000), weighed)
         self.journal.record_vote(key, ballot)
         with clock.measure("chain"):
             gas = self.contract.vote(self.signer, (view.run, view.round_id), ballot.checkpoint, ballot.manifest,
                                      accept=accept, score_bps=ballot.score_bps)
-        done = view.outcome is Outcome.PENDING or ballot.manifest == view.manifest
-        self._remember(view, voted_inputs=inputs, recomputed=done)
+        self._remember(view, weighed=weighed, recomputed=done or ballot.manifest == view.manifest)
         self.log({"event": "voted", "run": view.run, "round": view.round_id, "checkpoint": ballot.checkpoint,
                   "manifest": ballot.manifest, "accept": accept, "score": score, "gas": gas,
                   "timing_s": clock.summarize(), "bytes": self._count_bytes()})
@@ -351,11 +244,20 @@ class Agent:
         manifest = parse_manifest(self.store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
         only = frozenset(item.site for item in manifest.included)
         with self._clock[view.run].measure("merge"):
-            certified = work.certify(view, key, self.addresses, only=only)
-        same = certified.manifest.checkpoint == view.checkpoint
-        self.log({"event": "verified" if same else "MISMATCH", "run": view.run, "round": view.round_id,
-                  "checkpoint": certified.manifest.checkpoint, "on_chain": view.checkpoint})
+            certified = work.certify(view, key, self.addresses, only=only) if only else None
+        about = {"run": view.run, "round": view.round_id, "on_chain": view.checkpoint}
         self._remember(view, recomputed=True)
+        found = {item.site for item in certified.manifest.included} if certified else set()
+        if certified is None or found != only:
+            self.log({"event": "unverifiable", **about, "missing": sorted(only - found)})
+            return
+        computed = certified.manifest.checkpoint
+        self.log({"event": "verified" if computed == view.checkpoint else "MISMATCH", **about, "checkpoint": computed})
+        if computed != view.checkpoint:
+            raise MergeMismatch(
+                f"run {view.run}, round {view.round_id}: the merge gives {computed}, the others accepted {view.checkpoint}",
+                hint="do not go on with this run: compare versions with the other sites, then suspect them",
+            )
 
     def _finish(self, view: RunView, work: RunWork) -> None:
         limits = work.spec.limits
@@ -374,11 +276,3 @@ class Agent:
     def close(self) -> None:
         """Close the journal."""
         self.journal.close()
-
-
-def check_run(config: SiteConfig, store: Store, view: RunView, *, site: int) -> Spec:
-    """Whether this site's data satisfy a run's spec. Raises what names the field if not."""
-    try:
-        return RunWork(config, store, view, site=site).spec
-    except SwarmError as exc:
-        raise type(exc)(f"cannot join run {view.run}: {exc.message}", hint=exc.hint) from exc

@@ -41,12 +41,13 @@ class Memory:
     """What a site knows beside the chain, about the newest round.
 
     `available` are sites whose openings lie in the store; `withheld` those that did not open last time and are not
-    waited for; `voted_inputs` counts the contributions behind this site's vote, None before it; `quiet_s` is how long
-    the site has seen the round closed; `stagger_s` its patience before it opens in another's place.
+    waited for; `weighed` counts the openings that were there when this site last computed the merge, None before it, so
+    that openings of no use are looked at once only; `quiet_s` is how long the site has seen the round closed;
+    `stagger_s` its patience before it opens in another's place.
     """
 
     published: bool = False
-    voted_inputs: int | None = None
+    weighed: int | None = None
     recomputed: bool = False
     announced: bool = False
     available: frozenset[int] = frozenset()
@@ -81,17 +82,17 @@ def _decide_vote(view: RunView, limits: Limits, memory: Memory, site: int) -> Du
     available = view.committed & memory.available
     awaited = view.committed - memory.withheld - available
     time_is_up = view.now >= min(view.commit_deadline + limits.opening_timeout_s, view.vote_deadline)
-    if memory.voted_inputs is None:
+    if memory.weighed is None:
         enough = len(available) >= view.terms.sites_min
         return Duty.VOTE if enough and (not awaited or time_is_up) else Duty.WAIT
-    return Duty.VOTE if len(available) > memory.voted_inputs else Duty.WAIT
+    return Duty.VOTE if len(available) > memory.weighed else Duty.WAIT
 
 
 def _decide_closed(view: RunView, limits: Limits, memory: Memory, site: int) -> Duty:
     if view.outcome is Outcome.FINALIZED and site in view.members and not memory.recomputed:
         if site in view.committed and not memory.published:
             return Duty.PUBLISH
-        late = memory.voted_inputs is None and view.now < view.vote_deadline
+        late = memory.weighed is None and view.now < view.vote_deadline
         return Duty.VOTE if late else Duty.VERIFY
     if is_over(view, limits):
         return Duty.DONE

@@ -7,6 +7,7 @@
     ├── DataError                   this site's data
     ├── CheckpointError             bytes that are no checkpoint or contribution of this run
     ├── OpeningError                an opening that is malformed or does not fit its commitment
+    ├── MergeMismatch               a round's checkpoint is not what its contributions give
     ├── StoreError                  the store refused: read-only, full, blob missing or altered
     ├── JournalError                the site's own memory of its promises
     ├── DevchainError               a dev chain could not be started
@@ -67,6 +68,10 @@ class CheckpointError(SwarmError):
 
 class OpeningError(SwarmError):
     """An opening that is malformed or does not fit its commitment."""
+
+
+class MergeMismatch(SwarmError):
+    """A majority accepted a checkpoint that its own manifest's contributions do not give."""
 
 
 class StoreError(SwarmError):

@@ -29,7 +29,7 @@ create table if not exists vote (
 
 @dataclass(frozen=True)
 class Ballot:
-    """One vote: on what, whether it accepts, the score in 1/10,000, and how many contributions were merged."""
+    """One vote: on what, whether it accepts, the score in 1/10,000, and how many openings were there."""
 
     checkpoint: str
     manifest: str

@@ -232,8 +232,8 @@ CLOSED = {"phase": Phase.CLOSED, "outcome": Outcome.FINALIZED, "committed": ALL,
         (VOTING, {"published": True, "available": frozenset({0, 1}), "withheld": frozenset({2})}, Duty.VOTE),
         ({**VOTING, "now": 41}, {"published": True, "available": frozenset({0, 1})}, Duty.VOTE),
         ({**VOTING, "now": 41}, {"published": True, "available": frozenset({0})}, Duty.WAIT),
-        (VOTING, {"published": True, "available": ALL, "voted_inputs": 2}, Duty.VOTE),
-        (VOTING, {"published": True, "available": ALL, "voted_inputs": 3}, Duty.WAIT),
+        (VOTING, {"published": True, "available": ALL, "weighed": 2}, Duty.VOTE),
+        (VOTING, {"published": True, "available": ALL, "weighed": 3}, Duty.WAIT),
         (CLOSED, {"published": True}, Duty.VOTE),
         ({**CLOSED, "now": 151}, {"published": True}, Duty.VERIFY),
         (CLOSED, {"recomputed": True, "quiet_s": 0.0}, Duty.WAIT),
@@ -248,6 +248,12 @@ CLOSED = {"phase": Phase.CLOSED, "outcome": Outcome.FINALIZED, "committed": ALL,
 def test_duty_table(changes: dict[str, object], memory: dict[str, object], duty: Duty) -> None:
     limits = Limits(rounds=9, sites_to_start=3)
     assert decide(make_view(**changes), limits, Memory(**memory), site=0) is duty  # type: ignore[arg-type]
+
+
+def test_statistics_end_with_their_first_checkpoint() -> None:
+    view = make_view(**CLOSED, round_id=1, finalized_round=1)
+    limits = Limits(rounds=9, sites_to_start=3, one_checkpoint=True)
+    assert decide(view, limits, Memory(recomputed=True), site=0) is Duty.DONE
 
 
 # -- data

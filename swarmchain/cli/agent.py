@@ -45,6 +45,8 @@ WORDS = {
     "voted": "{verb} checkpoint {checkpoint:.12}…{told}",
     "verified": "recomputed checkpoint {checkpoint:.12}…, the same as on chain",
     "MISMATCH": "MISMATCH: recomputed {checkpoint}, on chain is {on_chain}",
+    "unverifiable": "cannot recompute checkpoint {on_chain:.12}…: contributions of sites {missing} are not in the store",
+    "too few": "cannot vote: of {openings} openings fewer than {needed} are of use",
     "refused": "looks again: {reason}",
     "unreachable": "waits: {reason}",
     "ended": "ended: {reason}; this site holds checkpoint {checkpoint}",

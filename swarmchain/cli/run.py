@@ -114,8 +114,8 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
 @site_option
 def join(number: int, site_file: Path) -> None:
     """Give this site's consent to a run, after checking that its data satisfy the spec."""
-    from swarmchain.agent import check_run
     from swarmchain.store import Store
+    from swarmchain.work import check_run
 
     config = load(site_file)
     contract = connect(config)
@@ -131,8 +131,8 @@ def join(number: int, site_file: Path) -> None:
 @json_option
 def list_runs(site_file: Path, as_json: bool) -> None:
     """The consortium's runs."""
-    from swarmchain.agent import load_spec
     from swarmchain.store import Store
+    from swarmchain.work import load_spec
 
     config = load(site_file)
     contract = connect(config)
@@ -159,11 +159,11 @@ def list_runs(site_file: Path, as_json: bool) -> None:
 @json_option
 def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
     """Write a run's final checkpoint, spec and manifest: the model, and the certificate of how it came about."""
-    from swarmchain.agent import load_spec
     from swarmchain.checkpoint import compute_size
     from swarmchain.protocol import MANIFEST_BYTES_MAX
     from swarmchain.spec import checkpoint_layout, encode_spec
     from swarmchain.store import Store
+    from swarmchain.work import load_spec
 
     config = load(site_file)
     view = connect(config).view_run(number)
