@@ -255,7 +255,8 @@ class Agent:
         self.log({"event": "verified" if computed == view.checkpoint else "MISMATCH", **about, "checkpoint": computed})
         if computed != view.checkpoint:
             raise MergeMismatch(
-                f"run {view.run}, round {view.round_id}: the merge gives {computed}, the others accepted {view.checkpoint}",
+                f"run {view.run}, round {view.round_id}: the merge gives {computed}, "
+                f"the others accepted {view.checkpoint}",
                 hint="do not go on with this run: compare versions with the other sites, then suspect them",
             )
 

@@ -45,7 +45,7 @@ WORDS = {
     "voted": "{verb} checkpoint {checkpoint:.12}…{told}",
     "verified": "recomputed checkpoint {checkpoint:.12}…, the same as on chain",
     "MISMATCH": "MISMATCH: recomputed {checkpoint}, on chain is {on_chain}",
-    "unverifiable": "cannot recompute checkpoint {on_chain:.12}…: contributions of sites {missing} are not in the store",
+    "unverifiable": "cannot recompute checkpoint {on_chain:.12}…: the store lacks contributions of sites {missing}",
     "too few": "cannot vote: of {openings} openings fewer than {needed} are of use",
     "refused": "looks again: {reason}",
     "unreachable": "waits: {reason}",
