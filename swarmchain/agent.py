@@ -23,7 +23,6 @@ from swarmchain.keys import Signer
 from swarmchain.protocol import (
     MANIFEST_BYTES_MAX,
     Opening,
-    Outcome,
     Phase,
     RunView,
     compute_commitment,
@@ -125,7 +124,8 @@ class Agent:
             return Duty.WAIT
         work = self._work.get(run)
         if work is None:
-            work = self._work[run] = RunWork(self.config, self.store, view, site=self.site)
+            work = self._work[run] = RunWork(self.config, self.store, view, site=self.site,
+                                                view_run=self.contract.view_run)
             self.log({"event": "run", "run": run, "spec": view.spec, "cells_train": len(work.data.train),
                       "cells_validation": len(work.data.validation), "features": int(work.data.present.sum())})
         memory = self._look(view, work)
@@ -161,8 +161,9 @@ class Agent:
         if 0 < view.finalized_round < view.round_id:
             manifest = parse_manifest(self.store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
             withheld = frozenset(item.site for item in manifest.excluded if item.reason == "withheld")
-        finalized = ballot is not None and ballot.manifest == view.manifest
-        return Memory(withheld=withheld, weighed=ballot.inputs if ballot else None, recomputed=finalized)
+        if ballot is None:
+            return Memory(withheld=withheld)
+        return Memory(withheld=withheld, weighed=ballot.inputs, voted_manifest=ballot.manifest)
 
     def _remember(self, view: RunView, **changes: Any) -> None:
         _, memory = self._memory[view.run]
@@ -215,7 +216,6 @@ class Agent:
         key, clock = self.contract.key_of(view.run, view.round_id), self._clock[view.run]
         with clock.measure("merge"):
             certified = work.certify(view, key, self.addresses)
-        done = view.outcome is Outcome.PENDING
         weighed = len(view.committed & self._memory[view.run][1].available)
         if certified is None or len(certified.manifest.included) < view.terms.sites_min:
             self._remember(view, weighed=weighed)
@@ -232,7 +232,7 @@ class Agent:
         with clock.measure("chain"):
             gas = self.contract.vote(self.signer, (view.run, view.round_id), ballot.checkpoint, ballot.manifest,
                                      accept=accept, score_bps=ballot.score_bps)
-        self._remember(view, weighed=weighed, recomputed=done or ballot.manifest == view.manifest)
+        self._remember(view, weighed=weighed, voted_manifest=ballot.manifest)
         self.log({"event": "voted", "run": view.run, "round": view.round_id, "checkpoint": ballot.checkpoint,
                   "manifest": ballot.manifest, "accept": accept, "score": score, "gas": gas,
                   "timing_s": clock.summarize(), "bytes": self._count_bytes()})

@@ -7,7 +7,7 @@ COMMIT         member, not committed                                  CONTRIBUTE
 VOTE           committed, opening not disclosed                       PUBLISH
 VOTE           not voted, and all awaited openings there or time up   VOTE
 VOTE           voted, and more contributions can be counted now       VOTE
-CLOSED         finalized, not recomputed here                         VOTE (counts until the deadline) or VERIFY
+CLOSED         finalized, otherwise than voted here                   VOTE (counts until the deadline) or VERIFY
 CLOSED         this site missed the round, more will follow           ANNOUNCE
 NONE, CLOSED   the run is over                                        DONE
 NONE, CLOSED   this site's turn                                       OPEN
@@ -42,12 +42,14 @@ class Memory:
 
     `available` are sites whose openings lie in the store; `withheld` those that did not open last time and are not
     waited for; `weighed` counts the openings that were there when this site last computed the merge, None before it, so
-    that openings of no use are looked at once only; `quiet_s` is how long the site has seen the round closed;
+    that openings of no use are looked at once only; `voted_manifest` is what it then voted for, and `recomputed` says
+    that it recomputed what others accepted instead; `quiet_s` is how long the site has seen the round closed;
     `stagger_s` its patience before it opens in another's place.
     """
 
     published: bool = False
     weighed: int | None = None
+    voted_manifest: str | None = None
     recomputed: bool = False
     announced: bool = False
     available: frozenset[int] = frozenset()
@@ -89,7 +91,8 @@ def _decide_vote(view: RunView, limits: Limits, memory: Memory, site: int) -> Du
 
 
 def _decide_closed(view: RunView, limits: Limits, memory: Memory, site: int) -> Duty:
-    if view.outcome is Outcome.FINALIZED and site in view.members and not memory.recomputed:
+    agreed = memory.recomputed or memory.voted_manifest == view.manifest
+    if view.outcome is Outcome.FINALIZED and site in view.members and not agreed:
         if site in view.committed and not memory.published:
             return Duty.PUBLISH
         late = memory.weighed is None and view.now < view.vote_deadline

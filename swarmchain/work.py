@@ -5,6 +5,7 @@ Knows the run's tensors and the site's cells, and neither keys nor transactions:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from swarmchain.certify import NO_PARENT, Arrays, Certified, certify, gather
@@ -31,9 +32,21 @@ def load_spec(store: Store, digest: str) -> Spec:
 
 
 class RunWork:
-    """All that one site does for one run, over the tensors and cells of that run."""
+    """All that one site does for one run, over the tensors and cells of that run.
 
-    def __init__(self, config: SiteConfig, store: Store, view: RunView, *, site: int) -> None:
+    Parameters
+    ----------
+    view_run
+        Asks the contract for any run, to see that the statistics that a spec names are those on record.
+
+    Raises
+    ------
+    SpecError, DataError
+        If the spec stands on other statistics, or the site's data cannot satisfy it.
+    """
+
+    def __init__(self, config: SiteConfig, store: Store, view: RunView, *, site: int,
+                 view_run: Callable[[int], RunView]) -> None:
         self.store = store
         self.site = site
         self.spec_digest = view.spec
@@ -42,6 +55,7 @@ class RunWork:
         self._parent: tuple[str, Arrays] = (NO_PARENT, {})
         self._cells: Any = None
         if isinstance(self.spec, CellTypeSpec):
+            check_statistics(self.spec, view_run(self.spec.statistics.run))
             self._cells = self._prepare(self.spec, config.agent.threads)
 
     def _prepare(self, spec: CellTypeSpec, threads: int) -> Any:
@@ -126,9 +140,20 @@ def load_statistics_source(store: Store, spec: CellTypeSpec) -> StatisticsSpec:
     return source
 
 
-def check_run(config: SiteConfig, store: Store, view: RunView, *, site: int) -> Spec:
+def check_statistics(spec: CellTypeSpec, view: RunView) -> None:
+    """Whether the statistics that a spec names are what the consortium agreed on in that run. Raises `SpecError`."""
+    named = spec.statistics
+    if not view.finalized_round or (view.spec, view.checkpoint) != (named.spec, named.checkpoint):
+        raise SpecError(
+            f"statistics: run {named.run} has not the checkpoint {named.checkpoint[:12]}… on chain that the spec names",
+            hint="do not join this run: whoever proposed it stands on other statistics",
+        )
+
+
+def check_run(config: SiteConfig, store: Store, view: RunView, *, site: int, view_run: Callable[[int], RunView]
+              ) -> Spec:
     """Whether this site's data satisfy a run's spec. Raises what names the field if not."""
     try:
-        return RunWork(config, store, view, site=site).spec
+        return RunWork(config, store, view, site=site, view_run=view_run).spec
     except SwarmError as exc:
         raise type(exc)(f"cannot join run {view.run}: {exc.message}", hint=exc.hint) from exc

@@ -84,6 +84,13 @@ def test_consortium_by_hand(consortium: Path) -> None:
 
     swarmchain("run", "new", "cell-type", *site, "--statistics", first, "--rounds", 3, "--out", "training.json",
                folder=consortium)
+    forged = json.loads((consortium / "training.json").read_text())
+    forged["statistics"]["checkpoint"] = "ab" * 32
+    (consortium / "forged.json").write_text(json.dumps(forged))
+    said = swarmchain("run", "propose", *site, "--spec", "forged.json", "--json", folder=consortium)
+    said = swarmchain("run", "join", json.loads(said)["run"], "--site", "b/site.toml", folder=consortium, code=1)
+    assert "has not the checkpoint abababababab… on chain" in said
+
     said = swarmchain("run", "propose", *site, "--spec", "training.json", "--json", folder=consortium)
     second = json.loads(said)["run"]
     held = train(consortium, second)
@@ -94,9 +101,9 @@ def test_consortium_by_hand(consortium: Path) -> None:
         model = (consortium / f"out-{name}" / "model.safetensors").read_bytes()
         assert compute_digest(model) == held[0]
     listed = json.loads(swarmchain("run", "list", *site, "--json", folder=consortium))
-    assert [row["task"] for row in listed] == ["statistics", "cell_type"]
+    assert [listed[run - 1]["task"] for run in (first, second)] == ["statistics", "cell_type"]
     status = json.loads(swarmchain("status", *site, "--json", folder=consortium))
-    assert status["runs"][1]["checkpoint"] == held[0]
+    assert status["runs"][second - 1]["checkpoint"] == held[0]
     assert status["client"].startswith("anvil/")
 
 

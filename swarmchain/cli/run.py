@@ -121,7 +121,8 @@ def join(number: int, site_file: Path) -> None:
     contract = connect(config)
     signer = unlock(config)
     index = contract.get_site_index(signer.address)
-    spec = check_run(config, Store(config.store_url), contract.view_run(number), site=index)
+    view = contract.view_run(number)
+    spec = check_run(config, Store(config.store_url), view, site=index, view_run=contract.view_run)
     contract.join_run(signer, number)
     click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
