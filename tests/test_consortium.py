@@ -217,7 +217,8 @@ def list_children(pid: int) -> set[int]:
     return {child.pid for child in psutil.Process(pid).children(recursive=True)}
 
 
-def test_demo_interrupted_leaves_no_orphan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_interrupted_leaves_no_orphan(tmp_path: Path, number: signal.Signals) -> None:
     import psutil
 
     process = subprocess.Popen([sys.executable, "-m", "swarmchain", "demo", "--out", str(tmp_path / "out")],
@@ -229,7 +230,7 @@ def test_demo_interrupted_leaves_no_orphan(tmp_path: Path) -> None:
             break
     children = list_children(process.pid)
     assert len(children) >= 5
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest = process.stdout.read()
     assert process.wait(timeout=30) == 130, rest
     process.stdout.close()

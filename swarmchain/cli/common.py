@@ -65,6 +65,19 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=True, default=str))
 
 
+def interrupt_on_signals() -> None:
+    """Let SIGTERM, as SIGINT, unwind the stack, so that every process that was started is ended.
+
+    Set explicitly for SIGINT too: a shell starts background jobs with SIGINT ignored.
+    """
+
+    def handle(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
 def stop_on_signals() -> Callable[[], bool]:
     """A function that says whether SIGTERM or SIGINT came; the second signal ends the process at once."""
     stopped: list[int] = []

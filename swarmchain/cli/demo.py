@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import example, print_json
+from swarmchain.cli.common import example, interrupt_on_signals, print_json
 
 
 @click.command(epilog=example("swarmchain demo --out demo-report"))
@@ -28,6 +28,7 @@ def demo(data: Path | None, splits: Path | None, label_column: str, out: Path, r
 
     from swarmchain.demo import run_demo
 
+    interrupt_on_signals()
     summary = run_demo(data=data, splits=splits, label_column=label_column, out=out, rounds=rounds, seed=seed,
                        console=Console(stderr=as_json, highlight=False))
     if as_json:
