@@ -35,6 +35,8 @@ setup: $(VENV)/.done node_modules/.done
 
 # torch first and alone: the other packages then take it as it is, and pip does not look for a larger build
 $(VENV)/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "Error: Python 3.11 or later is needed; name it with make PYTHON=…" >&2; exit 1; }
 	@echo "setting up Python packages (minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0
@@ -42,6 +44,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 node_modules/.done: package.json package-lock.json
+	@command -v npm >/dev/null || { echo "Error: Node.js 20 or later, with npm, is needed" >&2; exit 1; }
 	@echo "setting up npm packages"
 	@npm ci --no-audit --no-fund --silent
 	@touch $@
