@@ -274,4 +274,23 @@ contract RoundsTest is Base {
             : at < 1_000_150 ? ISwarm.Phase.Vote : ISwarm.Phase.Closed;
         require(v.phase == expected, "phase");
     }
+
+    /// @dev Outcomes are packed, 128 to a word: none may leak into another round's.
+    function test_outcomes_of_three_hundred_rounds_stay_what_they_were() external {
+        for (uint256 n = 1; n <= 300; ++n) {
+            open(0);
+            commitAll(n);
+            if (n % 3 == 0) {
+                vm.warp(block.timestamp + 50); // expired: nobody voted
+                continue;
+            }
+            for (uint256 i = 0; i < 3; ++i) vote(i, n, C1, n % 3 == 1); // finalized or rejected
+        }
+        for (uint256 n = 1; n <= 300; ++n) {
+            (, ISwarm.Outcome outcome) = swarm.phaseAt(run, n, block.timestamp);
+            ISwarm.Outcome[3] memory outcomes =
+                [ISwarm.Outcome.Expired, ISwarm.Outcome.Finalized, ISwarm.Outcome.Rejected];
+            require(outcome == outcomes[n % 3], "outcome");
+        }
+    }
 }
