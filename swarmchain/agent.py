@@ -21,17 +21,15 @@ from swarmchain.errors import ContractError, MergeMismatch, UnknownRun, Unreacha
 from swarmchain.journal import Ballot, Journal
 from swarmchain.keys import Signer
 from swarmchain.protocol import (
-    MANIFEST_BYTES_MAX,
     Opening,
     Phase,
     RunView,
     compute_commitment,
     compute_digest,
     encode_canonical,
-    parse_manifest,
 )
 from swarmchain.spec import checkpoint_layout
-from swarmchain.store import Store
+from swarmchain.store import Store, read_manifest
 from swarmchain.work import RunWork
 
 Log = Callable[[dict[str, Any]], None]
@@ -159,11 +157,11 @@ class Agent:
         ballot = self.journal.get_vote(key)
         withheld: frozenset[int] = frozenset()
         if 0 < view.finalized_round < view.round_id:
-            manifest = parse_manifest(self.store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
+            manifest = read_manifest(self.store, view.manifest)
             withheld = frozenset(item.site for item in manifest.excluded if item.reason == "withheld")
         if ballot is None:
             return Memory(withheld=withheld)
-        return Memory(withheld=withheld, weighed=ballot.inputs, voted_manifest=ballot.manifest)
+        return Memory(withheld=withheld, weighed=ballot.weighed, voted_manifest=ballot.manifest)
 
     def _remember(self, view: RunView, **changes: Any) -> None:
         _, memory = self._memory[view.run]
@@ -241,7 +239,7 @@ class Agent:
     def _verify(self, view: RunView, work: RunWork) -> None:
         """Recompute a round that the others finalized, from the contributions that its certificate counts."""
         key = self.contract.key_of(view.run, view.round_id)
-        manifest = parse_manifest(self.store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
+        manifest = read_manifest(self.store, view.manifest)
         only = frozenset(item.site for item in manifest.included)
         with self._clock[view.run].measure("merge"):
             certified = work.certify(view, key, self.addresses, only=only) if only else None

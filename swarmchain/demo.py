@@ -33,6 +33,7 @@ from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
 from swarmchain.report import Predictions, format_metrics_table, write_report
 from swarmchain.spec import CellTypeSpec, Limits, Model, Training, checkpoint_layout, encode_spec
+from swarmchain.store import read_checkpoint
 from swarmchain.summary import build_rounds, measure_gas, summarize_timing, to_json
 
 __all__ = ["run_demo"]
@@ -70,16 +71,16 @@ def run_demo(
     try:
         dealt = deal_pbmc(work / "data", seed=seed) if data is None else deal_folder(
             work / "data", data, splits=splits, label_column=label_column, seed=seed)
-        console.print(f"[bold]{dealt.title}[/bold] — {escape(dealt.dataset)}", soft_wrap=True)
+        console.print(f"[bold]{dealt.title}[/bold] — {escape(dealt.dataset)}")
         with start_consortium(work / "swarm", dealt.files, label_column=dealt.label_column, seed=seed) as consortium:
             summary = _run_swarm(consortium, dealt, settings, console, out=out, seed=seed, started=started)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    console.print(format_metrics_table(summary))
+    console.print(format_metrics_table(summary), soft_wrap=False)
     final = summary["final"]
     verdict = "all sites hold the same bytes" if final["same_at_all_sites"] else "THE SITES DIFFER"
-    console.print(f"{verdict}: checkpoint {final['checkpoint']}", soft_wrap=True)
-    console.print(f"{summary['timing_s']['total']:.0f} s; open {out / 'report.html'}", soft_wrap=True)
+    console.print(f"{verdict}: checkpoint {final['checkpoint']}")
+    console.print(f"{summary['timing_s']['total']:.0f} s; open {out / 'report.html'}")
     if not final["same_at_all_sites"]:
         raise SwarmError("the sites do not hold the same checkpoint", hint=f"see {out / 'summary.json'}")
     return summary
@@ -89,15 +90,14 @@ def _run_swarm(
     consortium: Consortium, dealt: Dealt, settings: Settings, console: Console, *, out: Path, seed: int, started: float
 ) -> dict[str, Any]:
     chain, contract, sites = consortium.chain, consortium.contract, consortium.sites
-    console.print(f"{chain.client} at {chain.rpc_url}, chain {chain.chain_id}; contract {contract.address}",
-                  soft_wrap=True)
+    console.print(f"{chain.client} at {chain.rpc_url}, chain {chain.chain_id}; contract {contract.address}")
     first = consortium.propose(plan_statistics([s.card for s in sites], name="statistics", sites_to_start=len(sites)))
     watched = Progress(console, run=first + 1, rounds=settings.rounds, sites=len(sites),
                        get_outcome=lambda n: contract.get_phase(first + 1, n, at=contract.node.read_time())[1])
     consortium.start_agents([first, first + 1])
     processes = ", ".join(f"{s.name} (pid {s.process.pid})" for s in sites if s.process)
-    console.print(f"agents: {processes}\nrun {first}: summed statistics of all sites, no cell leaves its own",
-                  soft_wrap=True, markup=False)
+    console.print(f"agents: {processes}", markup=False)
+    console.print(f"run {first}: summed statistics of all sites, no cell leaves its own")
     consortium.follow(watched.show, until=lambda: contract.view_run(first).finalized_round > 0)
     view = contract.view_run(first)
     spec, blob = plan_cell_type(
@@ -110,8 +110,7 @@ def _run_swarm(
     setup_s = time.monotonic() - started
     run = consortium.propose(spec)
     console.print(f"run {run}: {len(spec.labels)} cell types on {len(spec.panel.features)} genes, "
-                  f"{settings.rounds} rounds of {settings.steps} steps; scores are each site's own validation macro-F1",
-                  soft_wrap=True)
+                  f"{settings.rounds} rounds of {settings.steps} steps; scores are each site's own validation macro-F1")
     with console.status("the agents are starting") as watched.status:
         consortium.follow(watched.show)
     return _conclude(consortium, dealt, spec, watched, run=run, statistics_run=first, out=out, seed=seed,
@@ -131,12 +130,12 @@ def _conclude(
     data = _load_sites(consortium, spec)
     blob = store.get_blob(view.checkpoint, bytes_max=compute_size(layout))
     final = decode_tensors(blob, layout)
-    seed_tensors = decode_tensors(store.get_blob(spec.seed_checkpoint, bytes_max=compute_size(layout)), layout)
+    seed_tensors = read_checkpoint(store, spec.seed_checkpoint, spec)
     test = _load_test(dealt, spec, final)
     rounds = build_rounds(contract, store, run, names)
     for row in rounds:
         if row["checkpoint"]:
-            tensors = decode_tensors(store.get_blob(row["checkpoint"], bytes_max=compute_size(layout)), layout)
+            tensors = read_checkpoint(store, row["checkpoint"], spec)
             row["test_macro_f1"] = compute_macro_f1(test.y, predict(tensors, test.x, spec), classes=len(spec.labels))
     predicted = predict(final, test.x, spec)
     held = {site: event["checkpoint"] for site, event in watched.events

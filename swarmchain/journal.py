@@ -22,7 +22,7 @@ create table if not exists owner (chain_id integer, contract text, address text)
 create table if not exists contribution (
     run integer, round integer, digest text, samples integer, salt text, metrics text, primary key (run, round));
 create table if not exists vote (
-    run integer, round integer, checkpoint text, manifest text, accept integer, score_bps integer, inputs integer,
+    run integer, round integer, checkpoint text, manifest text, accept integer, score_bps integer, weighed integer,
     primary key (run, round));
 """
 
@@ -35,7 +35,7 @@ class Ballot:
     manifest: str
     accept: bool
     score_bps: int
-    inputs: int
+    weighed: int
 
 
 class Journal:
@@ -122,7 +122,7 @@ class Journal:
     def get_vote(self, key: RoundKey) -> Ballot | None:
         """The newest vote of this site in a round, if any."""
         row = self._db.execute(
-            "select checkpoint, manifest, accept, score_bps, inputs from vote where run = ? and round = ?",
+            "select checkpoint, manifest, accept, score_bps, weighed from vote where run = ? and round = ?",
             (key.run, key.round_id),
         ).fetchone()
         return None if row is None else Ballot(row[0], row[1], bool(row[2]), row[3], row[4])
@@ -132,7 +132,7 @@ class Journal:
         self._write(
             "insert or replace into vote values (?, ?, ?, ?, ?, ?, ?)",
             (key.run, key.round_id, ballot.checkpoint, ballot.manifest, int(ballot.accept), ballot.score_bps,
-             ballot.inputs),
+             ballot.weighed),
         )
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from swarmchain.certify import Arrays
-from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
+from swarmchain.checkpoint import encode_tensors
 from swarmchain.config import SiteCard
 from swarmchain.data import compute_standardization
 from swarmchain.errors import SpecError
 from swarmchain.model import draw_parameters
 from swarmchain.protocol import RunView, compute_digest
 from swarmchain.spec import (
-    SPEC_BYTES_MAX,
     CellTypeSpec,
     Gate,
     Limits,
@@ -30,9 +29,8 @@ from swarmchain.spec import (
     StatisticsSpec,
     Training,
     checkpoint_layout,
-    parse_spec,
 )
-from swarmchain.store import Store
+from swarmchain.store import Store, read_checkpoint, read_spec
 
 
 def plan_statistics(
@@ -64,13 +62,12 @@ def read_statistics(store: Store, view: RunView) -> tuple[StatisticsSpec, Arrays
     SpecError
         If the run is of another task, or has no checkpoint yet.
     """
-    spec = parse_spec(store.get_blob(view.spec, bytes_max=SPEC_BYTES_MAX))
+    spec = read_spec(store, view.spec)
     if not isinstance(spec, StatisticsSpec):
         raise SpecError(f"run {view.run} is no statistics run", hint="`swarmchain run list` shows the tasks")
     if not view.finalized_round:
         raise SpecError(f"statistics run {view.run} has no checkpoint yet", hint="wait until its agents are done")
-    layout = checkpoint_layout(spec)
-    return spec, decode_tensors(store.get_blob(view.checkpoint, bytes_max=compute_size(layout)), layout)
+    return spec, read_checkpoint(store, view.checkpoint, spec)
 
 
 def plan_cell_type(

@@ -83,7 +83,7 @@ class Progress:
             self._console.print(
                 f"  round {number:>3}/{self._rounds}  {outcome} {checkpoint}  {len(row.committed)}/{self._sites} "
                 f"committed, {len(row.scores)}/{self._sites} voted  {_format_scores(row.scores)}",
-                soft_wrap=True, markup=False,
+                markup=False,
             )
 
     def _update(self) -> None:

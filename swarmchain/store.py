@@ -13,12 +13,16 @@ import os
 import re
 import uuid
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import numpy.typing as npt
 from fsspec.implementations.local import LocalFileSystem
 
+from swarmchain.checkpoint import compute_size, decode_tensors
 from swarmchain.errors import BlobMissing, StoreError, StoreUnreachable
-from swarmchain.protocol import OPENING_BYTES_MAX, compute_digest
+from swarmchain.protocol import MANIFEST_BYTES_MAX, OPENING_BYTES_MAX, Manifest, compute_digest, parse_manifest
+from swarmchain.spec import SPEC_BYTES_MAX, Spec, checkpoint_layout, parse_spec
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 # What "out of space", "read-only" and "not allowed" look like over a folder: nothing that waiting mends.
@@ -172,6 +176,22 @@ class Store:
                     hint="check free space, and that the store is mounted read-write",
                 ) from exc
             raise StoreUnreachable(f"store {self.url} does not answer: {_first_line(exc)}") from exc
+
+
+def read_spec(store: Store, digest: str) -> Spec:
+    """Fetch and parse a run's spec. Raises `SpecError`, or `StoreError` if the store does not hold it."""
+    return parse_spec(store.get_blob(digest, bytes_max=SPEC_BYTES_MAX))
+
+
+def read_manifest(store: Store, digest: str) -> Manifest:
+    """Fetch and parse a round's manifest. Raises `OpeningError`, or `StoreError` if the store does not hold it."""
+    return parse_manifest(store.get_blob(digest, bytes_max=MANIFEST_BYTES_MAX))
+
+
+def read_checkpoint(store: Store, digest: str, spec: Spec) -> dict[str, npt.NDArray[Any]]:
+    """Fetch a checkpoint's tensors. Raises `CheckpointError`, or `StoreError` if the store does not hold it."""
+    layout = checkpoint_layout(spec)
+    return decode_tensors(store.get_blob(digest, bytes_max=compute_size(layout)), layout)
 
 
 def _require_hex(digest: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swarmchain.chain import SwarmContract
-from swarmchain.protocol import BPS, MANIFEST_BYTES_MAX, parse_manifest
-from swarmchain.store import Store
+from swarmchain.protocol import BPS
+from swarmchain.store import Store, read_manifest
 
 CALLS = {"openRound": "RoundOpened", "commit": "Committed", "vote": "Voted", "joinRun": "RunJoined",
          "proposeRun": "RunProposed"}
@@ -38,7 +38,7 @@ def build_rounds(contract: SwarmContract, store: Store, run: int, names: Mapping
         row["outcome"] = contract.get_phase(run, number, at=now)[1].name.lower()
         row["committed"].sort()
         if row["manifest"]:
-            manifest = parse_manifest(store.get_blob(row["manifest"], bytes_max=MANIFEST_BYTES_MAX))
+            manifest = read_manifest(store, row["manifest"])
             row["included"] = [
                 {"site": names[i.site], "samples": i.samples, "norm": i.norm, "clip_factor": i.clip_factor,
                  "weight": i.weight} for i in manifest.included

@@ -9,26 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 from swarmchain.certify import NO_PARENT, Arrays, Certified, certify, gather
-from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
+from swarmchain.checkpoint import encode_tensors
 from swarmchain.config import SiteConfig
 from swarmchain.data import SiteData, compute_standardization, compute_statistics, load_site_data
 from swarmchain.errors import SpecError, SwarmError
-from swarmchain.protocol import MANIFEST_BYTES_MAX, RoundKey, RunView, parse_manifest
+from swarmchain.protocol import RoundKey, RunView
 from swarmchain.spec import (
-    SPEC_BYTES_MAX,
     CellTypeSpec,
     Spec,
     StatisticsSpec,
-    checkpoint_layout,
     contribution_layout,
-    parse_spec,
 )
-from swarmchain.store import Store
-
-
-def load_spec(store: Store, digest: str) -> Spec:
-    """Fetch and parse a run's spec. Raises `SpecError`, or `StoreError` if the store does not hold it."""
-    return parse_spec(store.get_blob(digest, bytes_max=SPEC_BYTES_MAX))
+from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 
 
 class RunWork:
@@ -50,7 +42,7 @@ class RunWork:
         self.store = store
         self.site = site
         self.spec_digest = view.spec
-        self.spec = load_spec(store, view.spec)
+        self.spec = read_spec(store, view.spec)
         self.data: SiteData = load_site_data(config, self.spec)
         self._parent: tuple[str, Arrays] = (NO_PARENT, {})
         self._cells: Any = None
@@ -66,9 +58,9 @@ class RunWork:
 
         torch.set_num_threads(threads)
         source = load_statistics_source(self.store, spec)
-        statistics = self._fetch(spec.statistics.checkpoint, source)
+        statistics = read_checkpoint(self.store, spec.statistics.checkpoint, source)
         constants = compute_standardization(statistics, source.panel.features, spec.panel)
-        seed = self._fetch(spec.seed_checkpoint, spec)
+        seed = read_checkpoint(self.store, spec.seed_checkpoint, spec)
         for name, expected in constants.items():
             if seed[name].tobytes() != expected.tobytes():
                 raise SpecError(
@@ -78,10 +70,6 @@ class RunWork:
         rows = [source.labels.index(label) for label in spec.labels]
         return prepare_training(self.data, spec, constants, statistics["cells_per_label"][rows])
 
-    def _fetch(self, digest: str, spec: Spec) -> Arrays:
-        layout = checkpoint_layout(spec)
-        return decode_tensors(self.store.get_blob(digest, bytes_max=compute_size(layout)), layout)
-
     def read_parent(self, view: RunView) -> tuple[str, Arrays]:
         """Digest and tensors of the checkpoint that the newest round starts from.
 
@@ -90,12 +78,11 @@ class RunWork:
         if isinstance(self.spec, StatisticsSpec):
             return NO_PARENT, {}
         if view.finalized_round == view.round_id and view.round_id > 0:
-            data = self.store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX)
-            digest = parse_manifest(data).parent
+            digest = read_manifest(self.store, view.manifest).parent
         else:
             digest = view.checkpoint if view.finalized_round else self.spec.seed_checkpoint
         if self._parent[0] != digest:
-            self._parent = (digest, self._fetch(digest, self.spec))
+            self._parent = (digest, read_checkpoint(self.store, digest, self.spec))
         return self._parent
 
     def contribute(self, view: RunView) -> tuple[bytes, int, dict[str, float]]:
@@ -134,7 +121,7 @@ class RunWork:
 
 def load_statistics_source(store: Store, spec: CellTypeSpec) -> StatisticsSpec:
     """The spec of the statistics run that a training run stands on, found by the digest that the spec names."""
-    source = load_spec(store, spec.statistics.spec)
+    source = read_spec(store, spec.statistics.spec)
     if not isinstance(source, StatisticsSpec):
         raise SpecError(f"the spec {spec.statistics.spec[:12]}… is no statistics run's")
     return source

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import World, make_signers, make_world
+from conftest import ROOT, World, make_signers, make_world
 
 from swarmchain import errors
 from swarmchain.chain import Node, SwarmContract, load_artifact
@@ -16,7 +16,6 @@ from swarmchain.devchain import Devchain, start_devchain
 from swarmchain.errors import CONTRACT_ERRORS, ChainError, ChainUnreachable, DevchainError
 from swarmchain.protocol import Opening, Outcome, Phase, Terms, compute_commitment
 
-ROOT = Path(__file__).parent.parent
 SPEC, C1, M1 = "ab" * 32, "11" * 32, "22" * 32
 
 

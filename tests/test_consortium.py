@@ -14,6 +14,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, write_cells
 
@@ -179,8 +180,6 @@ def test_invalid_engine_without_node(tmp_path: Path) -> None:
 
 def test_demo_whose_reader_leaves(tmp_path: Path) -> None:
     """`swarmchain demo | head -1`: it stops without a traceback and without an orphan."""
-    import psutil
-
     process = subprocess.Popen([sys.executable, "-m", "swarmchain", "demo", "--out", str(tmp_path / "out")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"})
@@ -193,10 +192,7 @@ def test_demo_whose_reader_leaves(tmp_path: Path) -> None:
     process.stderr.close()
     assert process.wait(timeout=60) == 1, errors
     assert "Traceback" not in errors
-    deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [child for child in children if psutil.pid_exists(child)]
+    assert_gone(children)
 
 
 def test_devchain_stops_cleanly(tmp_path: Path) -> None:
@@ -212,15 +208,18 @@ def test_devchain_stops_cleanly(tmp_path: Path) -> None:
 
 
 def list_children(pid: int) -> set[int]:
-    import psutil
-
     return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+
+
+def assert_gone(children: set[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in children if psutil.pid_exists(child)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_demo_interrupted_leaves_no_orphan(tmp_path: Path, number: signal.Signals) -> None:
-    import psutil
-
     process = subprocess.Popen([sys.executable, "-m", "swarmchain", "demo", "--out", str(tmp_path / "out")],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"})
@@ -235,10 +234,7 @@ def test_demo_interrupted_leaves_no_orphan(tmp_path: Path, number: signal.Signal
     assert process.wait(timeout=30) == 130, rest
     process.stdout.close()
     assert "Traceback" not in rest
-    deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [child for child in children if psutil.pid_exists(child)]
+    assert_gone(children)
     assert not (tmp_path / "out" / "summary.json").exists()
 
 

@@ -30,6 +30,6 @@ def demo(data: Path | None, splits: Path | None, label_column: str, out: Path, r
 
     interrupt_on_signals()
     summary = run_demo(data=data, splits=splits, label_column=label_column, out=out, rounds=rounds, seed=seed,
-                       console=Console(stderr=as_json, highlight=False))
+                       console=Console(stderr=as_json, highlight=False, soft_wrap=True))
     if as_json:
         print_json(summary)

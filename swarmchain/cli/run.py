@@ -132,8 +132,7 @@ def join(number: int, site_file: Path) -> None:
 @json_option
 def list_runs(site_file: Path, as_json: bool) -> None:
     """The consortium's runs."""
-    from swarmchain.store import Store
-    from swarmchain.work import load_spec
+    from swarmchain.store import Store, read_spec
 
     config = load(site_file)
     contract = connect(config)
@@ -141,7 +140,7 @@ def list_runs(site_file: Path, as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for number in range(1, contract.get_run_count() + 1):
         view = contract.view_run(number)
-        spec = load_spec(store, view.spec)
+        spec = read_spec(store, view.spec)
         rows.append({"run": number, "task": spec.task, "name": spec.name, "spec": view.spec,
                      "joined": sorted(view.joined), "round": view.round_id, "rounds": spec.limits.rounds,
                      "phase": view.phase.name, "checkpoint": view.checkpoint if view.finalized_round else None})
@@ -163,15 +162,14 @@ def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
     from swarmchain.checkpoint import compute_size
     from swarmchain.protocol import MANIFEST_BYTES_MAX
     from swarmchain.spec import checkpoint_layout, encode_spec
-    from swarmchain.store import Store
-    from swarmchain.work import load_spec
+    from swarmchain.store import Store, read_spec
 
     config = load(site_file)
     view = connect(config).view_run(number)
     if not view.finalized_round:
         raise SpecError(f"run {number} has no checkpoint yet", hint="`swarmchain status` shows how far it is")
     store = Store(config.store_url)
-    spec = load_spec(store, view.spec)
+    spec = read_spec(store, view.spec)
     size = compute_size(checkpoint_layout(spec))
     write_file(out / "model.safetensors", store.get_blob(view.checkpoint, bytes_max=size))
     write_file(out / "spec.json", encode_spec(spec))
