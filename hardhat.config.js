@@ -28,7 +28,8 @@ module.exports = {
     version,
     settings: {
       evmVersion: "paris",
-      optimizer: { enabled: true, runs: 10000 },
+      viaIR: true,
+      optimizer: { enabled: true, runs: 200 },
       metadata: { bytecodeHash: "none", appendCBOR: false },
     },
   },

@@ -3,13 +3,9 @@ pragma solidity 0.8.30;
 
 /// @notice Sets of at most 256 sites as masks.
 library Bits {
-    function bit(uint256 index) internal pure returns (uint256) {
-        return 1 << index;
-    }
+    function bit(uint256 index) internal pure returns (uint256) { return 1 << index; }
 
-    function has(uint256 mask, uint256 index) internal pure returns (bool) {
-        return (mask >> index) & 1 == 1;
-    }
+    function has(uint256 mask, uint256 index) internal pure returns (bool) { return (mask >> index) & 1 == 1; }
 
     /// @dev Population count in constant gas (Warren, Hacker's Delight, 5-1). The sum of 32 bytes of at most 8 each
     /// can reach 256 and would overflow the top byte, so the all-ones mask is told apart.

@@ -2,85 +2,83 @@
 pragma solidity 0.8.30;
 
 import {Bits} from "./Bits.sol";
-import {Clock, Phases} from "./Phases.sol";
+import {ANNOUNCED, ASTRAY, COMMITTED, ENOUGH, PARTIAL, Phases, State, VOTED} from "./Phases.sol";
 import {Runs} from "./Runs.sol";
 
 /// @notice How it is trained: open, commit, vote; phases computed, outcomes latched.
 abstract contract Rounds is Runs {
     using Bits for uint256;
-    using Phases for Clock;
 
-    bytes32 private constant COMMITMENT_TYPE = keccak256("swarmchain.commitment.v1");
+    bytes32 private constant COMMITMENT_TYPE = keccak256("swarmchain.commitment.v2");
 
     // ------------------------------------------------------------------ open
 
     function openRound(uint256 run) external returns (uint256 round) {
         (Run storage r, uint256 site) = _joinedRun(run);
-        Clock memory c = r.clock;
-        (Phase phase, Outcome outcome) = c.phase(r.terms.voteWindow, block.timestamp);
+        State s = r.state;
+        (Phase phase, Outcome outcome) = s.phase(block.timestamp);
         if (phase == Phase.Commit || phase == Phase.Vote) revert WrongPhase(phase, Phase.Closed);
-        uint256 members = r.joined;
-        if (members.count() < r.terms.sitesMin) revert TooFewSites(members.count(), r.terms.sitesMin);
+        uint256 active = activeSites;
+        if (active == 0) revert Retired(successor);
+        uint256 members = r.joined & active;
+        if (members.count() < s.sitesMin()) revert TooFewSites(members.count(), s.sitesMin());
 
-        uint256 expected = (c.anyCommit ? r.committed : 0) | r.announced;
-        if (phase == Phase.Closed) _settle(r, c, run, outcome);
-        round = _start(r, c, members.count());
-        r.members = members;
-        r.expected = expected;
-        r.announced = 0;
-        emit RoundOpened(run, round, site, members, expected, c.quorum);
+        uint256 expected = _expect(r, s, members);
+        if (phase == Phase.Closed) s = _settle(r, s, run, outcome);
+        uint256 quorum = Phases.quorumOf(members.count(), s.quorumBps());
+        round = s.round() + 1;
+        s = s.set(0, 32, round).set(64, 40, block.timestamp + s.commitWindow());
+        s = s.set(184, 16, members.count()).set(200, 16, quorum).set(248, 8, expected == members ? 0 : PARTIAL);
+        (r.state, r.members) = (s, members);
+        if (expected != members) r.expected = expected;
+        emit RoundOpened(run, round, site, members, expected, quorum);
+    }
+
+    /// @dev Who is known to be there. Where nobody is, all are waited for.
+    function _expect(Run storage r, State s, uint256 members) private view returns (uint256 expected) {
+        if (s.has(COMMITTED)) expected = r.committed & r.members;
+        if (s.has(ANNOUNCED)) expected |= r.announced;
+        expected &= members;
+        if (expected == 0) expected = members;
     }
 
     /// @dev Writes the newest round's outcome down before its slots are reused.
-    function _settle(Run storage r, Clock memory c, uint256 run, Outcome outcome) private {
-        r.outcomes[c.round >> 7] |= uint256(outcome) << ((c.round & 127) << 1);
-        if (outcome == Outcome.Finalized) {
-            (c.failures, c.rejections) = (0, 0);
-            return;
-        }
-        if (c.failures < type(uint16).max) ++c.failures;
-        if (outcome == Outcome.Rejected && c.rejections < type(uint8).max) ++c.rejections;
-        if (outcome == Outcome.Expired) emit RoundExpired(run, c.round);
-    }
-
-    function _start(Run storage r, Clock memory c, uint256 members) private returns (uint256 round) {
-        round = ++c.round;
-        c.openedAt = uint40(block.timestamp);
-        c.commitDeadline = uint40(block.timestamp + r.terms.commitWindow);
-        c.votingFrom = 0;
-        c.quorum = uint16(Phases.quorum(members, r.terms.quorumBps));
-        c.outcome = Outcome.Pending;
-        (c.enough, c.anyCommit, c.anyVote) = (false, false, false);
-        r.clock = c;
+    function _settle(Run storage r, State s, uint256 run, Outcome outcome) private returns (State) {
+        r.outcomes[s.round() >> 7] |= uint256(outcome) << ((s.round() & 127) << 1);
+        if (outcome == Outcome.Finalized) return s.set(232, 16, 0);
+        if (outcome == Outcome.Expired) emit RoundExpired(run, s.round());
+        if (outcome == Outcome.Rejected && s.rejections() < 255) s = s.set(240, 8, s.rejections() + 1);
+        return s.failures() < 255 ? s.set(232, 8, s.failures() + 1) : s;
     }
 
     // ------------------------------------------------------------------ commit
 
     function commit(uint256 run, uint256 round, bytes32 commitment) external {
-        (Run storage r, Clock memory c, uint256 site) = _member(run, round);
-        (Phase phase,) = c.phase(r.terms.voteWindow, block.timestamp);
+        (Run storage r, State s, uint256 site) = _newest(run, round);
+        (Phase phase,) = s.phase(block.timestamp);
         if (phase != Phase.Commit) revert WrongPhase(phase, Phase.Commit);
         if (commitment == 0) revert EmptyDigest(run, round);
-        uint256 committed = c.anyCommit ? r.committed : 0;
-        if (committed.has(site)) revert AlreadyCommitted(round, site);
+        uint256 committed = s.has(COMMITTED) ? r.committed : ~r.members;
+        if (committed.has(site)) {
+            if (!r.members.has(site)) revert NotMember(round, site);
+            revert AlreadyCommitted(round, site);
+        }
 
         committed |= Bits.bit(site);
-        r.committed = committed;
-        r.commitments[site] = commitment;
-        _countCommitments(r, c, committed);
+        (r.committed, r.commitments[site]) = (committed, commitment);
+        _countCommitments(r, s, committed);
         emit Committed(run, round, site, commitment);
     }
 
-    /// @dev The clock is written only when something in it changes: at the first commitment of a round, when there are
-    /// enough, and when every expected site has come.
-    function _countCommitments(Run storage r, Clock memory c, uint256 committed) private {
-        bool enough = committed.count() >= r.terms.sitesMin;
-        bool complete = enough && (committed & r.expected) == r.expected;
-        if (c.anyCommit && c.enough == enough && !complete) return;
-        c.anyCommit = true;
-        c.enough = enough;
-        if (complete) c.votingFrom = uint40(block.timestamp);
-        r.clock = c;
+    /// @dev The state is written only when something in it changes: at the first commitment of a round, when there are
+    /// enough, and when the last expected site has come.
+    function _countCommitments(Run storage r, State s, uint256 committed) private {
+        State t = s.with(COMMITTED);
+        if (!s.has(ENOUGH) && committed.count() + s.members() >= 256 + s.sitesMin()) t = t.with(ENOUGH);
+        uint256 missing = ~committed;
+        if (missing != 0 && s.has(PARTIAL)) missing &= r.expected;
+        if (missing == 0 && t.has(ENOUGH)) t = t.set(64, 40, block.timestamp);
+        if (State.unwrap(t) != State.unwrap(s)) r.state = t;
     }
 
     // ------------------------------------------------------------------ vote
@@ -88,109 +86,121 @@ abstract contract Rounds is Runs {
     function vote(
         uint256 run, uint256 round, bytes32 checkpoint, bytes32 manifest, bool accept, uint256 scoreBps
     ) external {
-        (Run storage r, Clock memory c, uint256 site) = _member(run, round);
-        _requireVoting(r, c);
+        (Run storage r, State s, uint256 site) = _newest(run, round);
+        _requireVoting(s, _hasVoted(r, s, round, site));
         if (checkpoint == 0 || manifest == 0) revert EmptyDigest(run, round);
         if (scoreBps > BPS) revert ScoreOutOfRange(scoreBps, BPS);
 
-        bytes32 ballot = _ballot(round, checkpoint, manifest);
-        uint256 rejecting = _record(r, c, site, ballot, accept);
+        (State t, uint256 votes) = accept
+            ? _accept(r, s, site, _ballot(round, checkpoint, manifest))
+            : _stray(r, s, site, _rejection(round));
         emit Voted(run, round, site, checkpoint, manifest, accept, scoreBps);
-        if (c.outcome != Outcome.Pending) return;
-        if (r.accepting[ballot].count() >= c.quorum) {
-            _finalize(r, c, run, checkpoint, manifest);
-        } else if (rejecting.count() > r.members.count() - c.quorum) {
-            c.outcome = Outcome.Rejected;
-            r.clock = c;
-            emit RoundRejected(run, round, rejecting);
+        if (s.outcome() == Outcome.Pending) {
+            if (accept && votes >= s.quorum()) t = _finalize(r, t, run, checkpoint, manifest);
+            if (!accept && votes > s.members() - s.quorum()) {
+                t = t.decide(Outcome.Rejected);
+                emit RoundRejected(run, round, r.cast[_rejection(round)]);
+            }
         }
+        if (State.unwrap(t) != State.unwrap(s)) r.state = t;
     }
 
-    function _requireVoting(Run storage r, Clock memory c) private view {
-        uint256 voteWindow = r.terms.voteWindow;
-        (Phase phase,) = c.phase(voteWindow, block.timestamp);
+    function _hasVoted(Run storage r, State s, uint256 round, uint256 site) private view returns (bool) {
+        uint256 accepting = s.has(VOTED) ? r.accepting : ~r.members;
+        if (!accepting.has(site)) return s.has(ASTRAY) && r.astray.has(site);
+        if (!r.members.has(site)) revert NotMember(round, site);
+        return true;
+    }
+
+    function _requireVoting(State s, bool hasVoted) private view {
+        (Phase phase,) = s.phase(block.timestamp);
         if (phase == Phase.Vote) return;
-        bool late = c.outcome != Outcome.Pending && block.timestamp < c.voteDeadline(voteWindow);
+        bool late = !hasVoted && s.outcome() != Outcome.Pending && block.timestamp < s.voteDeadline();
         if (!late) revert WrongPhase(phase, Phase.Vote);
     }
 
-    /// @dev Moves the site's vote from wherever it stood in this round. Returns the mask of the rejecting members.
-    function _record(Run storage r, Clock memory c, uint256 site, bytes32 ballot, bool accept)
-        private
-        returns (uint256 rejecting)
-    {
-        uint256 own = Bits.bit(site);
-        uint256 voted = c.anyVote ? r.voted : 0;
-        rejecting = c.anyVote ? r.rejecting : 0;
-        if (voted & own != 0 && rejecting & own == 0) r.accepting[r.ballots[site]] &= ~own;
-        rejecting = accept ? rejecting & ~own : rejecting | own;
-        if (accept) r.accepting[ballot] |= own;
-        r.ballots[site] = ballot;
-        r.voted = voted | own;
-        r.rejecting = rejecting;
-        if (!c.anyVote) {
-            c.anyVote = true;
-            r.clock = c;
+    /// @dev The site's vote goes to `ballot`, from wherever it lay. Returns how many votes lie there now.
+    function _accept(Run storage r, State s, uint256 site, bytes32 ballot) private returns (State, uint256) {
+        if (!s.has(VOTED)) (r.front, r.accepting) = (ballot, ~r.members);
+        else if (r.front != ballot) return _stray(r, s, site, ballot);
+        if (s.has(ASTRAY) && r.astray.has(site)) {
+            r.cast[r.ballots[site]] &= ~Bits.bit(site);
+            r.astray &= ~Bits.bit(site);
         }
+        uint256 accepting = r.accepting | Bits.bit(site);
+        r.accepting = accepting;
+        return (s.with(VOTED), accepting.count() + s.members() - 256);
     }
 
-    function _finalize(Run storage r, Clock memory c, uint256 run, bytes32 checkpoint, bytes32 manifest) private {
-        c.outcome = Outcome.Finalized;
-        c.finalizedRound = c.round;
-        r.clock = c;
-        r.checkpoint = checkpoint;
-        r.manifest = manifest;
-        bytes32 head = keccak256(abi.encode(r.head, uint256(c.round), checkpoint, manifest));
-        r.head = head;
-        emit RoundFinalized(run, c.round, checkpoint, manifest, head);
+    /// @dev The same for any ballot but the front-runner, a rejection included.
+    function _stray(Run storage r, State s, uint256 site, bytes32 ballot) private returns (State, uint256) {
+        uint256 own = Bits.bit(site);
+        uint256 astray = s.has(ASTRAY) ? r.astray : 0;
+        if (astray & own != 0) r.cast[r.ballots[site]] &= ~own;
+        if (s.has(VOTED)) r.accepting &= ~own;
+        uint256 cast = r.cast[ballot] | own;
+        (r.astray, r.ballots[site], r.cast[ballot]) = (astray | own, ballot, cast);
+        return (s.with(ASTRAY), cast.count());
     }
 
-    function _member(uint256 run, uint256 round) private view returns (Run storage r, Clock memory c, uint256 site) {
-        (r, site) = _joinedRun(run);
-        c = r.clock;
-        if (round == 0 || round != c.round) revert WrongRound(round, c.round);
-        if (!r.members.has(site)) revert NotMember(round, site);
+    function _finalize(Run storage r, State s, uint256 run, bytes32 checkpoint, bytes32 manifest) private returns (State) {
+        bytes32 head = keccak256(abi.encode(r.head, s.round(), checkpoint, manifest));
+        (r.checkpoint, r.manifest, r.head) = (checkpoint, manifest, head);
+        emit RoundFinalized(run, s.round(), checkpoint, manifest, head);
+        return s.decide(Outcome.Finalized).set(32, 32, s.round());
+    }
+
+    function _newest(uint256 run, uint256 round) private view returns (Run storage r, State s, uint256 site) {
+        site = siteOf(msg.sender);
+        r = _run(run);
+        s = r.state;
+        if (round == 0 || round != s.round()) revert WrongRound(round, s.round());
     }
 
     function _ballot(uint256 round, bytes32 checkpoint, bytes32 manifest) private pure returns (bytes32) {
         return keccak256(abi.encode(round, checkpoint, manifest));
     }
 
+    /// @dev No accepting ballot has this hash: its digests are not 0.
+    function _rejection(uint256 round) private pure returns (bytes32) { return _ballot(round, 0, 0); }
+
     // ------------------------------------------------------------------ views
 
     function phaseAt(uint256 run, uint256 round, uint256 timestamp) external view returns (Phase, Outcome) {
         Run storage r = _run(run);
-        uint256 current = r.clock.round;
-        if (round == current) return r.clock.phase(r.terms.voteWindow, timestamp);
-        if (round > current) return (Phase.None, Outcome.Pending);
-        if (round == 0) return (Phase.None, Outcome.Pending);
+        State s = r.state;
+        if (round == s.round()) return s.phase(timestamp);
+        if (round == 0 || round > s.round()) return (Phase.None, Outcome.Pending);
         return (Phase.Closed, Outcome((r.outcomes[round >> 7] >> ((round & 127) << 1)) & 3));
     }
 
-    function acceptingOf(uint256 run, uint256 round, bytes32 checkpoint, bytes32 manifest)
-        external
-        view
-        returns (uint256)
-    {
-        return _run(run).accepting[_ballot(round, checkpoint, manifest)];
+    function acceptingOf(uint256 run, bytes32 checkpoint, bytes32 manifest) external view returns (uint256) {
+        Run storage r = _run(run);
+        State s = r.state;
+        bytes32 ballot = _ballot(s.round(), checkpoint, manifest);
+        return s.has(VOTED) && r.front == ballot ? r.accepting & r.members : r.cast[ballot];
     }
 
     function viewRun(uint256 run, uint256 timestamp) external view returns (RunView memory v) {
         Run storage r = _run(run);
-        Clock memory c = r.clock;
-        (v.spec, v.terms, v.proposer, v.joined) = (r.spec, r.terms, r.proposer, r.joined);
-        v.round = c.round;
-        (v.phase, v.outcome) = c.phase(v.terms.voteWindow, timestamp == 0 ? block.timestamp : timestamp);
-        v.openedAt = c.openedAt;
-        if (c.round != 0) {
-            v.commitDeadline = c.commitEnd();
-            v.voteDeadline = c.voteDeadline(v.terms.voteWindow);
+        State s = r.state;
+        v.terms = Terms(
+            uint32(s.commitWindow()), uint32(s.voteWindow()), uint16(s.sitesMin()), uint16(s.quorumBps())
+        );
+        (v.spec, v.proposer, v.successor) = (r.spec, s.proposer(), successor);
+        v.joined = activeSites == 0 ? r.joined : r.joined & activeSites;
+        (v.phase, v.outcome) = s.phase(timestamp == 0 ? block.timestamp : timestamp);
+        (v.round, v.quorum, v.head) = (s.round(), s.quorum(), r.head);
+        if (s.round() != 0) {
+            v.members = r.members;
+            (v.commitDeadline, v.voteDeadline) = (s.commitEnd(), s.voteDeadline());
+            v.expected = s.has(PARTIAL) ? r.expected : r.members;
         }
-        (v.quorum, v.members, v.expected) = (c.quorum, r.members, r.expected);
-        v.committed = c.anyCommit ? r.committed : 0;
-        if (c.anyVote) (v.voted, v.rejecting) = (r.voted, r.rejecting);
-        (v.finalizedRound, v.checkpoint, v.manifest, v.head) = (c.finalizedRound, r.checkpoint, r.manifest, r.head);
-        (v.failures, v.rejections) = (c.failures, c.rejections);
+        if (s.has(COMMITTED)) v.committed = r.committed & r.members;
+        if (s.has(ASTRAY)) (v.voted, v.rejecting) = (r.astray, r.cast[_rejection(s.round())]);
+        if (s.has(VOTED)) v.voted |= r.accepting & r.members;
+        (v.finalizedRound, v.failures, v.rejections) = (s.finalizedRound(), s.failures(), s.rejections());
+        if (s.finalizedRound() != 0) (v.checkpoint, v.manifest) = (r.checkpoint, r.manifest);
         v.commitments = new bytes32[](siteCount());
         for (uint256 i = 0; i < v.commitments.length; ++i) {
             if (v.committed.has(i)) v.commitments[i] = r.commitments[i];
@@ -198,10 +208,10 @@ abstract contract Rounds is Runs {
     }
 
     function computeCommitment(
-        uint256 run, uint256 round, address key, bytes32 digest, uint256 samples, bytes32 salt
+        uint256 run, uint256 round, uint256 site, bytes32 digest, uint256 samples, bytes32 salt
     ) external view returns (bytes32) {
         return keccak256(
-            abi.encode(COMMITMENT_TYPE, block.chainid, address(this), run, round, key, digest, samples, salt)
+            abi.encode(COMMITMENT_TYPE, block.chainid, address(this), run, round, site, digest, samples, salt)
         );
     }
 }

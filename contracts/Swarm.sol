@@ -7,5 +7,5 @@ import {Rounds} from "./Rounds.sol";
 
 /// @notice One consortium. Read `ISwarm` for the law; this only puts its parts together.
 contract Swarm is Rounds {
-    constructor(ISwarm.Site[] memory founders) Membership(founders) {}
+    constructor(ISwarm.Founder[] memory founders) Membership(founders) {}
 }

@@ -20,7 +20,8 @@ SOLC_VERSION = "0.8.30"
 # Equal to foundry.toml and hardhat.config.js; a test compares the bytecode of all three.
 SETTINGS = {
     "evmVersion": "paris",
-    "optimizer": {"enabled": True, "runs": 10_000},
+    "viaIR": True,
+    "optimizer": {"enabled": True, "runs": 200},
     "metadata": {"bytecodeHash": "none", "appendCBOR": False},
     "outputSelection": {"Swarm.sol": {"Swarm": ["abi", "evm.bytecode.object", "evm.deployedBytecode.object"]}},
 }

@@ -75,7 +75,6 @@ class Agent:
         self.store = Store(config.store_url)
         self.store.require_writable()
         self.site = contract.get_site_index(signer.address)
-        self.addresses = {record.site: record.address for record in contract.get_sites()}
         self.log = log
         self.journal = Journal(
             config.work_dir, chain_id=contract.chain_id, contract=contract.address, address=signer.address
@@ -197,7 +196,7 @@ class Agent:
             self.journal.record_contribution(key, opening, data)
         with clock.measure("chain"):
             gas = self.contract.commit(
-                self.signer, view.run, view.round_id, compute_commitment(key, self.signer.address, opening))
+                self.signer, view.run, view.round_id, compute_commitment(key, self.site, opening))
         self.log({"event": "committed", "run": view.run, "round": view.round_id, "gas": gas,
                   "samples": opening.samples, "metrics": opening.metrics})
 
@@ -213,7 +212,7 @@ class Agent:
     def _vote(self, view: RunView, work: RunWork) -> None:
         key, clock = self.contract.key_of(view.run, view.round_id), self._clock[view.run]
         with clock.measure("merge"):
-            certified = work.certify(view, key, self.addresses)
+            certified = work.certify(view, key)
         weighed = len(view.committed & self._memory[view.run][1].available)
         if certified is None or len(certified.manifest.included) < view.terms.sites_min:
             self._remember(view, weighed=weighed)
@@ -242,7 +241,7 @@ class Agent:
         manifest = read_manifest(self.store, view.manifest)
         only = frozenset(item.site for item in manifest.included)
         with self._clock[view.run].measure("merge"):
-            certified = work.certify(view, key, self.addresses, only=only) if only else None
+            certified = work.certify(view, key, only=only) if only else None
         about = {"run": view.run, "round": view.round_id, "on_chain": view.checkpoint}
         self._remember(view, recomputed=True)
         found = {item.site for item in certified.manifest.included} if certified else set()
@@ -262,6 +261,8 @@ class Agent:
         limits = work.spec.limits
         failed = view.failures_in_a_row >= limits.failures_max
         reason = "too many failures in a row" if failed else f"done after round {view.round_id}"
+        if view.successor:
+            reason = f"the consortium has moved to the contract {view.successor}"
         held = ""
         if view.finalized_round:
             layout = checkpoint_layout(work.spec)

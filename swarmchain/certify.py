@@ -63,22 +63,20 @@ class Certified:
 
 
 def gather(
-    store: Store, view: RunView, spec: Spec, *, key: RoundKey, addresses: Mapping[int, str],
+    store: Store, view: RunView, spec: Spec, *, key: RoundKey,
     only: frozenset[int] | None = None,
 ) -> tuple[list[Gathered], list[Excluded]]:
     """Fetch and check what the committed sites opened.
 
     Parameters
     ----------
-    addresses
-        Ethereum address of every site by index.
     only
         Count these sites alone: to recompute a manifest that others agreed on.
     """
     counted: list[Gathered] = []
     excluded: list[Excluded] = []
     for site in sorted(view.committed if only is None else only & view.committed):
-        found = _gather_one(store, view.commitments[site], spec, key=key, site=site, address=addresses[site])
+        found = _gather_one(store, view.commitments[site], spec, key=key, site=site)
         if isinstance(found, Gathered):
             counted.append(found)
         else:
@@ -133,7 +131,7 @@ def certify(
 
 
 def _gather_one(
-    store: Store, commitment: str, spec: Spec, *, key: RoundKey, site: int, address: str
+    store: Store, commitment: str, spec: Spec, *, key: RoundKey, site: int
 ) -> Gathered | Reason:
     try:
         opening = parse_opening(store.get_opening(commitment))
@@ -141,7 +139,7 @@ def _gather_one(
         return "withheld"
     except (OpeningError, StoreError):
         return "opening invalid"
-    if compute_commitment(key, address, opening) != commitment:
+    if compute_commitment(key, site, opening) != commitment:
         return "opening invalid"
     layout = contribution_layout(spec)
     try:

@@ -1,62 +1,56 @@
-"""The contract as typed Python: a method per function, a dataclass per event. The only room that knows web3.
+"""The contract as typed Python: a method per function, a dataclass per event.
 
-Every foreign error is translated here: a revert becomes the exception of its name, a silent node becomes
-`ChainUnreachable`. A transaction is tried with `eth_call` first, so that a refusal costs nothing and is told in words.
-What the chain's time is, the node says: the pending block's timestamp, or the latest one's where no block is pending.
+A transaction is tried with `eth_call` first, so that a refusal costs nothing and is told in words. Beside `node`, which
+translates the errors, the only room that knows web3.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
-import requests
-from eth_abi.abi import decode as abi_decode
-from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
-from web3 import HTTPProvider, Web3
-from web3.exceptions import (
-    ContractCustomError,
-    ContractLogicError,
-    TimeExhausted,
-    Web3Exception,
-    Web3RPCError,
-)
+from web3.logs import DISCARD
 
 from swarmchain.config import Deployment
-from swarmchain.errors import CONTRACT_ERRORS, ChainError, ChainUnreachable, ConfigError, NonceTaken
+from swarmchain.errors import ChainError, ConfigError
 from swarmchain.keys import Signer
-from swarmchain.protocol import Outcome, Phase, RoundKey, RunView, Terms, mask_to_sites
-
-T = TypeVar("T")
+from swarmchain.node import Node, load_artifact
+from swarmchain.protocol import Change, Outcome, Phase, RoundKey, RunView, Terms, mask_to_sites
 
 # Above what a call can need (the snapshot of gas in the contract's tests), below any block's limit.
-GAS_MAX = {"proposeRun": 400_000, "joinRun": 200_000, "announce": 150_000, "openRound": 300_000,
-           "commit": 250_000, "vote": 400_000}
-DEPLOY_GAS_BASE, DEPLOY_GAS_PER_SITE = 4_500_000, 120_000
-RECEIPT_TIMEOUT_S = 60.0
-SENDS_MAX = 20
-# geth and Anvil, Hardhat, Besu: how nodes say that another transaction of this key has the nonce
-NONCE_WORDS = re.compile(
-    "nonce too low|nonce has already been used|replacement transaction underpriced|already known|already imported"
-    "|known transaction|below current nonce", re.IGNORECASE)
+GAS_MAX = {"propose": 400_000, "approve": 300_000, "setSealKey": 100_000, "proposeRun": 400_000, "joinRun": 250_000,
+           "leaveRun": 150_000, "announce": 150_000, "openRound": 200_000, "commit": 150_000, "vote": 250_000}
+DEPLOY_GAS_BASE, DEPLOY_GAS_PER_SITE = 4_000_000, 120_000
 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One site as the contract holds it."""
+    """One site as the contract holds it. `active` is False once it was removed or the consortium has retired.
+
+    `seal_key` is its X25519 public key as hex, "" until it has set one.
+    """
 
     site: int
     address: str
     name: str
+    active: bool
+    seal_key: str
+
+
+@dataclass(frozen=True)
+class ChangeProposal:
+    """A proposed change of the consortium. `data` is hex; who approved and was removed since counts no more."""
+
+    proposal: int
+    kind: Change
+    subject: str
+    data: str
+    deadline: int
+    executed: bool
+    approvals: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -67,88 +61,6 @@ class Event:
     block: int
     transaction: str
     values: dict[str, Any]
-
-
-@cache
-def load_artifact() -> dict[str, Any]:
-    """ABI, creation and runtime bytecode of the contract, as shipped."""
-    text = resources.files("swarmchain").joinpath("contract/Swarm.json").read_text(encoding="utf-8")
-    artifact: dict[str, Any] = json.loads(text)
-    return artifact
-
-
-class Node:
-    """A connection to one Ethereum node.
-
-    Raises
-    ------
-    ChainUnreachable
-        If nothing answers at `rpc_url`.
-    """
-
-    def __init__(self, rpc_url: str, *, timeout_s: float = 10.0) -> None:
-        self.rpc_url = rpc_url
-        if not rpc_url.startswith(("http://", "https://")):
-            raise ConfigError(f"rpc_url {rpc_url!r} is no http(s) URL", hint="for example http://127.0.0.1:8545")
-        provider = HTTPProvider(rpc_url, request_kwargs={"timeout": timeout_s}, exception_retry_configuration=None)
-        self.web3 = Web3(provider)
-        self.chain_id = int(self.ask(lambda: self.web3.eth.chain_id))
-
-    def ask(self, question: Callable[[], T]) -> T:
-        """One exchange with the node; silence becomes `ChainUnreachable`."""
-        with translate_errors(self.rpc_url):
-            return question()
-
-    @property
-    def client_version(self) -> str:
-        """What the node calls itself, for example `anvil/v1.7.1`."""
-        return str(self.ask(lambda: self.web3.client_version))
-
-    def read_time(self) -> int:
-        """Timestamp that a transaction sent now would see, in seconds."""
-        for block in ("pending", "latest"):
-            try:
-                found: Any = self.ask(lambda block=block: self.web3.eth.get_block(block))  # type: ignore[misc]
-            except ChainError:
-                continue
-            if found is not None and found.get("timestamp"):
-                return int(found["timestamp"])
-        raise ChainError(f"the node at {self.rpc_url} shows no block", hint="is it still starting?")
-
-    def send(self, signer: Signer, call: dict[str, Any], *, gas: int) -> Any:
-        """Sign and send one transaction, wait for its receipt and return it.
-
-        A person and an agent may use one site's key at the same moment; who finds the nonce taken takes the next.
-        """
-        for attempt in Retrying(retry=retry_if_exception_type(NonceTaken), stop=stop_after_attempt(SENDS_MAX),
-                                wait=wait_fixed(0.05), reraise=True):
-            with attempt:
-                digest = self._send_once(signer, call, gas=gas)
-        try:
-            return self.ask(lambda: self.web3.eth.wait_for_transaction_receipt(
-                digest, timeout=RECEIPT_TIMEOUT_S, poll_latency=0.05))
-        except TimeExhausted as exc:
-            raise ChainUnreachable(
-                f"transaction {digest.hex()[:12]}… is in no block after {RECEIPT_TIMEOUT_S:.0f} s",
-                hint="has the chain stalled? the agent looks again before it sends another",
-            ) from exc
-
-    def _send_once(self, signer: Signer, call: dict[str, Any], *, gas: int) -> Any:
-        fees = self._fees()
-        transaction = {
-            **call, **fees, "chainId": self.chain_id, "gas": gas, "value": 0,
-            "nonce": self.ask(lambda: self.web3.eth.get_transaction_count(signer.address, "pending")),  # type: ignore[arg-type]
-        }
-        raw = signer.sign_transaction(transaction)
-        return self.ask(lambda: self.web3.eth.send_raw_transaction(raw))
-
-    def _fees(self) -> dict[str, int]:
-        """Free where the chain is free (permissioned chains are), else twice the base fee and the suggested tip."""
-        base = self.ask(lambda: self.web3.eth.get_block("latest")).get("baseFeePerGas", 0)
-        if not base:
-            return {"gasPrice": 0}
-        tip = self.ask(lambda: self.web3.eth.max_priority_fee)
-        return {"maxFeePerGas": 2 * base + tip, "maxPriorityFeePerGas": tip}
 
 
 class SwarmContract:
@@ -182,16 +94,30 @@ class SwarmContract:
 
     def get_sites(self) -> list[SiteRecord]:
         """All sites, by index."""
+        active = mask_to_sites(int(self._call("activeSites")))
         records = []
         for i in range(int(self._call("siteCount"))):
-            site = self._call("siteAt", i)
-            key, name = (site["key"], site["name"]) if isinstance(site, dict) else site
-            records.append(SiteRecord(i, to_checksum_address(key), _text(name)))
+            key, name, seal_key = _fields(self._call("siteAt", i))
+            sealed = seal_key.hex() if any(seal_key) else ""
+            records.append(SiteRecord(i, to_checksum_address(key), _text(name), i in active, sealed))
         return records
 
     def get_site_index(self, address: str) -> int:
         """Index of the site that signs with `address`. Raises `NotSite` for anyone else."""
         return int(self._call("siteOf", to_checksum_address(address)))
+
+    def get_successor(self) -> str:
+        """Address of the contract that the consortium moved to, "" while it is here."""
+        return _to_address(self._call("successor"))
+
+    def get_proposals(self) -> list[ChangeProposal]:
+        """All proposed changes, whatever became of them."""
+        proposals = []
+        for i in range(1, int(self._call("proposalCount")) + 1):
+            subject, kind, deadline, executed, data, approvals = _fields(self._call("proposalAt", i))
+            about = (Change(kind), to_checksum_address(subject), data.hex(), deadline, executed)
+            proposals.append(ChangeProposal(i, *about, mask_to_sites(approvals)))
+        return proposals
 
     def get_run_count(self) -> int:
         """Number of runs; they are counted from 1."""
@@ -207,9 +133,9 @@ class SwarmContract:
         phase, outcome = self._call("phaseAt", run, round_id, at)
         return Phase(phase), Outcome(outcome)
 
-    def get_accepting(self, run: int, round_id: int, checkpoint: str, manifest: str) -> frozenset[int]:
-        """Members that accept one (checkpoint, manifest)."""
-        mask = self._call("acceptingOf", run, round_id, bytes.fromhex(checkpoint), bytes.fromhex(manifest))
+    def get_accepting(self, run: int, checkpoint: str, manifest: str) -> frozenset[int]:
+        """Members that accept one (checkpoint, manifest) in the newest round."""
+        mask = self._call("acceptingOf", run, bytes.fromhex(checkpoint), bytes.fromhex(manifest))
         return mask_to_sites(int(mask))
 
     def get_events(self, names: Sequence[str], *, run: int | None = None, from_block: int = 0) -> list[Event]:
@@ -237,8 +163,35 @@ class SwarmContract:
         """Propose a run and return its number."""
         words = (terms.commit_window_s, terms.vote_window_s, terms.sites_min, terms.quorum_bps)
         receipt = self._transact(signer, "proposeRun", bytes.fromhex(spec), words)
-        logs = self._contract.events.RunProposed().process_receipt(receipt)
+        logs = self._contract.events.RunProposed().process_receipt(receipt, errors=DISCARD)
         return int(logs[0]["args"]["run"])
+
+    def propose_change(self, signer: Signer, kind: Change, *, subject: str, data: str = "") -> int:
+        """Propose a change of the consortium, approve it, and return its number.
+
+        Parameters
+        ----------
+        subject
+            Address: the new site's, the present site's, or the successor's.
+        data
+            32 bytes as hex: the new site's name (see `encode_name`), or the new key, left-padded; "" for none.
+        """
+        words = (int(kind), to_checksum_address(subject), bytes.fromhex(data.rjust(64, "0")))
+        receipt = self._transact(signer, "propose", *words)
+        logs = self._contract.events.ChangeProposed().process_receipt(receipt, errors=DISCARD)
+        return int(logs[0]["args"]["proposal"])
+
+    def approve_change(self, signer: Signer, proposal: int) -> int:
+        """Approve a proposed change; the approval that completes a majority carries it out."""
+        return self._gas(self._transact(signer, "approve", proposal))
+
+    def set_seal_key(self, signer: Signer, seal_key: str) -> int:
+        """Publish this site's X25519 public key (hex)."""
+        return self._gas(self._transact(signer, "setSealKey", bytes.fromhex(seal_key)))
+
+    def leave_run(self, signer: Signer, run: int) -> int:
+        """Withdraw from a run, from its next round on."""
+        return self._gas(self._transact(signer, "leaveRun", run))
 
     def join_run(self, signer: Signer, run: int) -> int:
         """Opt in to a run."""
@@ -311,78 +264,30 @@ def encode_name(name: str) -> bytes:
     return data.ljust(32, b"\0")
 
 
-@contextlib.contextmanager
-def translate_errors(rpc_url: str) -> Iterator[None]:
-    """The one seam where web3's errors become ours."""
-    hint = "start it (`swarmchain devchain` on a laptop), or correct rpc_url"
-    try:
-        yield
-    except (requests.RequestException, ConnectionError, TimeoutError) as exc:
-        raise ChainUnreachable(f"no Ethereum node answers at {rpc_url}", hint=hint) from exc
-    except ContractCustomError as exc:
-        raise decode_revert(str(exc.data)) from exc
-    except ContractLogicError as exc:
-        if data := _find_revert_data(exc.data):
-            raise decode_revert(data) from exc
-        raise ChainError(f"the contract call reverted: {str(exc).splitlines()[0]}") from exc
-    except Web3RPCError as exc:
-        raise _decode_rpc_error(exc) from exc
-    except TimeExhausted:
-        raise
-    except (Web3Exception, ValueError) as exc:
-        line = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise ChainError(
-            f"the node at {rpc_url} answered what no Ethereum node would: {line}", hint="is it an Ethereum RPC URL?"
-        ) from exc
-
-
-def decode_revert(data: str) -> ChainError:
-    """The exception of a revert's data (hex); a plain `ChainError` where the ABI does not know it."""
-    raw = bytes.fromhex(data.removeprefix("0x"))
-    for entry in load_artifact()["abi"]:
-        if entry["type"] == "error" and function_abi_to_4byte_selector(entry) == raw[:4]:
-            values = abi_decode([i["type"] for i in entry["inputs"]], raw[4:])
-            named = {i["name"]: v for i, v in zip(entry["inputs"], values, strict=True)}
-            for item in entry["inputs"]:
-                if item["type"] == "address":
-                    named[item["name"]] = to_checksum_address(named[item["name"]])
-            for name in ("phase", "needed"):
-                if name in named:
-                    named[name] = Phase(named[name]).name
-            return CONTRACT_ERRORS[entry["name"]](**named)
-    return ChainError(f"the contract refused with the unknown error 0x{raw[:4].hex()}")
-
-
-def _decode_rpc_error(exc: Web3RPCError) -> ChainError:
-    error: Any = (exc.rpc_response or {}).get("error", {})
-    if data := _find_revert_data(error.get("data") if isinstance(error, dict) else None):
-        return decode_revert(data)
-    message = error.get("message", "") if isinstance(error, dict) else ""
-    kind = NonceTaken if NONCE_WORDS.search(message) else ChainError
-    return kind(f"the node refused: {message or exc}".splitlines()[0])
-
-
-def _find_revert_data(data: Any) -> str:
-    """Revert data as hex, wherever the node put it: Anvil in `data`, Hardhat in `data.data`; "" without any."""
-    if isinstance(data, Mapping):
-        data = data.get("data")
-    return data if isinstance(data, str) and data.startswith("0x") and len(data) >= 10 else ""
-
-
 def _to_view(run: int, raw: Any, now: int) -> RunView:
     names = [c["name"] for entry in load_artifact()["abi"] if entry.get("name") == "viewRun"
              for c in entry["outputs"][0]["components"]]
     v = dict(raw) if isinstance(raw, dict) else dict(zip(names, raw, strict=True))
-    terms = tuple(v["terms"].values()) if isinstance(v["terms"], dict) else tuple(v["terms"])
     sites = {k: mask_to_sites(v[k]) for k in ("joined", "members", "expected", "committed", "voted", "rejecting")}
     return RunView(
-        run=run, spec=v["spec"].hex(), terms=Terms(*terms), proposer=v["proposer"], round_id=v["round"],
-        phase=Phase(v["phase"]), outcome=Outcome(v["outcome"]), opened_at=v["openedAt"],
-        commit_deadline=v["commitDeadline"], vote_deadline=v["voteDeadline"], quorum=v["quorum"],
+        run=run, spec=v["spec"].hex(), terms=Terms(*_fields(v["terms"])), proposer=v["proposer"],
+        successor=_to_address(v["successor"]), round_id=v["round"],
+        phase=Phase(v["phase"]), outcome=Outcome(v["outcome"]), commit_deadline=v["commitDeadline"],
+        vote_deadline=v["voteDeadline"], quorum=v["quorum"],
         finalized_round=v["finalizedRound"], checkpoint=v["checkpoint"].hex(), manifest=v["manifest"].hex(),
         head=v["head"].hex(), failures=v["failures"], rejections=v["rejections"], now=now, **sites,
         commitments={i: c.hex() for i, c in enumerate(v["commitments"]) if any(c)},
     )
+
+
+def _fields(struct: Any) -> tuple[Any, ...]:
+    """The fields of a struct in their order, however web3 was told to return it."""
+    return tuple(struct.values()) if isinstance(struct, dict) else tuple(struct)
+
+
+def _to_address(word: str) -> str:
+    """The address with its checksum, "" for the zero address."""
+    return to_checksum_address(word) if int(word, 16) else ""
 
 
 def _to_event(log: Any) -> Event:

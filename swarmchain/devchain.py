@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from swarmchain.chain import Node
 from swarmchain.errors import DevchainError, SwarmError
+from swarmchain.node import Node
 
 Engine = Literal["anvil", "hardhat"]
 START_TIMEOUT_S = 60.0

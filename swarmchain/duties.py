@@ -59,9 +59,11 @@ class Memory:
 
 
 def is_over(view: RunView, limits: Limits) -> bool:
-    """Whether no further round will be opened: all rounds done, or too many failures in a row."""
-    if view.phase is not Phase.CLOSED:
+    """Whether no further round will be opened: all done, too many failures in a row, or the consortium has moved."""
+    if view.phase in (Phase.COMMIT, Phase.VOTE):
         return False
+    if view.successor:
+        return True
     if limits.one_checkpoint and view.finalized_round > 0:
         return True
     return view.round_id >= limits.rounds or view.failures_in_a_row >= limits.failures_max

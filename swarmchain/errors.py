@@ -143,7 +143,7 @@ class TooManySites(ContractError):
 class InvalidSite(ContractError):
     """See ISwarm.sol."""
 
-    words = "founding site {site} ({key}) lacks an address or a name"
+    words = "the key {key} or the name of site {site} is empty or malformed"
 
 
 class SiteExists(ContractError):
@@ -164,6 +164,46 @@ class UnknownSite(ContractError):
     """See ISwarm.sol."""
 
     words = "there is no site {site}: the consortium has {sites}, counted from 0"
+
+
+class UnknownProposal(ContractError):
+    """See ISwarm.sol."""
+
+    words = "there is no proposal {proposal}: the contract holds {proposals}, counted from 1"
+
+
+class ProposalExpired(ContractError):
+    """See ISwarm.sol."""
+
+    words = "proposal {proposal} had until {deadline} (seconds since 1970) to find a majority"
+    remedy = "propose it again"
+
+
+class ProposalExecuted(ContractError):
+    """See ISwarm.sol."""
+
+    words = "proposal {proposal} ({kind}) has already been carried out"
+
+
+class SitesNeeded(ContractError):
+    """See ISwarm.sol."""
+
+    words = "{remaining} sites would remain, and an open run (or the consortium) needs {needed}"
+    remedy = "admit a site first, or leave the runs that need them all"
+
+
+class InvalidSuccessor(ContractError):
+    """See ISwarm.sol."""
+
+    words = "no contract lies at {successor}"
+    remedy = "deploy the successor first"
+
+
+class Retired(ContractError):
+    """See ISwarm.sol."""
+
+    words = "the consortium has moved to the contract {successor}"
+    remedy = "use the deployment file of the new contract"
 
 
 class UnknownRun(ContractError):
@@ -232,7 +272,7 @@ class WrongPhase(ContractError):
 class NotMember(ContractError):
     """See ISwarm.sol."""
 
-    words = "site {site} joined after round {round} had opened"
+    words = "site {site} is no member of round {round}: it joined after the round had opened"
     remedy = "it takes part from the next round on"
 
 

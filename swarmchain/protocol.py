@@ -25,7 +25,7 @@ SITES_MAX = 256
 BPS = 10_000
 OPENING_BYTES_MAX = 16_384
 MANIFEST_BYTES_MAX = 1 << 20
-COMMITMENT_TYPE = keccak(b"swarmchain.commitment.v1")
+COMMITMENT_TYPE = keccak(b"swarmchain.commitment.v2")
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Reason = Literal["withheld", "opening invalid", "blob invalid"]
@@ -47,6 +47,15 @@ class Outcome(IntEnum):
     FINALIZED = 1
     REJECTED = 2
     EXPIRED = 3
+
+
+class Change(IntEnum):
+    """What the sites can change about themselves by majority; the numbers are the contract's."""
+
+    ADMIT = 0
+    REMOVE = 1
+    ROTATE_KEY = 2
+    RETIRE = 3
 
 
 class Strict(BaseModel):
@@ -74,10 +83,10 @@ class RunView:
     terms: Terms
     proposer: int
     joined: frozenset[int]
+    successor: str
     round_id: int
     phase: Phase
     outcome: Outcome
-    opened_at: int
     commit_deadline: int
     vote_deadline: int
     quorum: int
@@ -175,13 +184,13 @@ def encode_canonical(value: Any) -> bytes:
     return bytes(rfc8785.dumps(plain))
 
 
-def compute_commitment(key: RoundKey, address: str, opening: Opening) -> str:
+def compute_commitment(key: RoundKey, site: int, opening: Opening) -> str:
     """Commitment of one site to one contribution, as hex without 0x.
 
-    Keccak-256 over the ABI encoding (one 32-byte word each) of type, chain id, contract, run, round, site address,
+    Keccak-256 over the ABI encoding (one 32-byte word each) of type, chain id, contract, run, round, site index,
     digest, samples, salt: the same as `computeCommitment` in Rounds.sol.
     """
-    numbers = [key.chain_id, int(key.contract, 16), key.run, key.round_id, int(address, 16)]
+    numbers = [key.chain_id, int(key.contract, 16), key.run, key.round_id, site]
     words = [n.to_bytes(32, "big") for n in numbers]
     words += [bytes.fromhex(opening.digest), opening.samples.to_bytes(32, "big"), bytes.fromhex(opening.salt)]
     return keccak(COMMITMENT_TYPE + b"".join(words)).hex()

@@ -63,7 +63,7 @@ class Limits(Strict):
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     one_checkpoint: bool = False
     sites_to_start: Annotated[int, Field(ge=1, le=256)]
-    failures_max: Annotated[int, Field(ge=1, le=1_000)] = 5
+    failures_max: Annotated[int, Field(ge=1, le=200)] = 5
     opening_timeout_s: Positive = 30.0
 
 

@@ -97,10 +97,9 @@ class RunWork:
         found = train_round(parent, self._cells, self.spec, round_id=view.round_id, site=self.site)
         return encode_tensors(found.deltas, layout), found.samples, found.metrics
 
-    def certify(self, view: RunView, key: RoundKey, addresses: dict[int, str], *, only: frozenset[int] | None = None
-                ) -> Certified | None:
+    def certify(self, view: RunView, key: RoundKey, *, only: frozenset[int] | None = None) -> Certified | None:
         """Recompute the round's merge from what lies in the store; None if nothing usable does."""
-        gathered = gather(self.store, view, self.spec, key=key, addresses=addresses, only=only)
+        gathered = gather(self.store, view, self.spec, key=key, only=only)
         if not gathered[0]:
             return None
         return certify(self.spec, self.read_parent(view), gathered, key=key, spec_digest=self.spec_digest,

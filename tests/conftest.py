@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from eth_account import Account
 
-from swarmchain.chain import Node, SwarmContract, deploy_contract
+from swarmchain.chain import SwarmContract, deploy_contract
 from swarmchain.config import Deployment
 from swarmchain.devchain import Devchain, start_devchain
 from swarmchain.keys import Signer
+from swarmchain.node import Node
 
 ROOT = Path(__file__).parent.parent
 

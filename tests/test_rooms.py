@@ -204,8 +204,8 @@ def test_journal_remembers_over_a_restart(tmp_path: Path) -> None:
 def make_view(**changes: object) -> RunView:
     everyone = frozenset({0, 1, 2})
     values: dict[str, object] = {
-        "run": 1, "spec": ZERO, "terms": Terms(100, 50, 2), "proposer": 0, "joined": everyone, "round_id": 1,
-        "phase": Phase.COMMIT, "outcome": Outcome.PENDING, "opened_at": 0, "commit_deadline": 100,
+        "run": 1, "spec": ZERO, "terms": Terms(100, 50, 2), "proposer": 0, "joined": everyone,
+        "successor": "", "round_id": 1, "phase": Phase.COMMIT, "outcome": Outcome.PENDING, "commit_deadline": 100,
         "vote_deadline": 150, "quorum": 2, "members": everyone, "expected": everyone, "committed": frozenset(),
         "voted": frozenset(), "rejecting": frozenset(), "finalized_round": 0, "checkpoint": ZERO, "manifest": ZERO,
         "head": ZERO, "failures": 0, "rejections": 0, "commitments": {}, "now": 10,

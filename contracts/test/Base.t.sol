@@ -28,8 +28,8 @@ abstract contract Base {
 
     function setUp() public virtual {
         vm.warp(1_000_000);
-        ISwarm.Site[] memory founders = new ISwarm.Site[](SITES);
-        for (uint256 i = 0; i < SITES; ++i) founders[i] = ISwarm.Site(key(i), bytes32(uint256(i + 1)));
+        ISwarm.Founder[] memory founders = new ISwarm.Founder[](SITES);
+        for (uint256 i = 0; i < SITES; ++i) founders[i] = ISwarm.Founder(key(i), bytes32(uint256(i + 1)));
         swarm = new Swarm(founders);
         run = propose(100, 50, 2, 0);
         for (uint256 i = 0; i < SITES; ++i) join(i);

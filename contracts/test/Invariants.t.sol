@@ -39,12 +39,12 @@ contract Handler {
     bool[SITES] public joined;
     bool[SITES] internal announced;
     Round[] internal rounds; // rounds[n - 1] is round n
-    bytes32 public head;
+    bytes32 public head = keccak256("spec");
     uint256 public finalized;
 
     constructor() {
-        ISwarm.Site[] memory founders = new ISwarm.Site[](SITES);
-        for (uint256 i = 0; i < SITES; ++i) founders[i] = ISwarm.Site(key(i), bytes32(i + 1));
+        ISwarm.Founder[] memory founders = new ISwarm.Founder[](SITES);
+        for (uint256 i = 0; i < SITES; ++i) founders[i] = ISwarm.Founder(key(i), bytes32(i + 1));
         swarm = new Swarm(founders);
         vm.prank(key(0));
         swarm.proposeRun(keccak256("spec"), ISwarm.Terms(uint32(COMMIT_WINDOW), uint32(VOTE_WINDOW), uint16(SITES_MIN), 0));
@@ -119,7 +119,7 @@ contract Handler {
         (ISwarm.Phase phase,) = phaseOf(n);
         bool member = n != 0 && rounds[n - 1].member[site];
         bool late = phase == ISwarm.Phase.Closed && rounds[n - 1].decided != ISwarm.Outcome.Pending
-            && block.timestamp < rounds[n - 1].commitEnd + VOTE_WINDOW;
+            && !rounds[n - 1].ballots[site].cast && block.timestamp < rounds[n - 1].commitEnd + VOTE_WINDOW;
         bool legal = member && (phase == ISwarm.Phase.Vote || late);
         bytes32 checkpoint = keccak256(abi.encode("checkpoint", n, choice & 2));
         vm.prank(key(site));
@@ -180,13 +180,16 @@ contract Handler {
     function _start() private {
         Round storage r = rounds.push();
         bool hasLast = rounds.length > 1;
+        bool known;
         for (uint256 i = 0; i < SITES; ++i) {
             r.member[i] = joined[i];
             if (joined[i]) ++r.members;
             bool came = hasLast && rounds[rounds.length - 2].committed[i];
             r.expected[i] = came || announced[i];
             announced[i] = false;
+            if (r.expected[i]) known = true;
         }
+        if (!known) r.expected = r.member;
         r.commitDeadline = block.timestamp + COMMIT_WINDOW;
         r.commitEnd = r.commitDeadline;
     }

@@ -20,7 +20,7 @@ contract RoundsTest is Base {
         assertPhase(ISwarm.Phase.Closed, ISwarm.Outcome.Finalized);
         ISwarm.RunView memory v = view_();
         require(v.checkpoint == C1 && v.manifest == M1, "result");
-        require(v.head == keccak256(abi.encode(bytes32(0), uint256(1), C1, M1)), "head");
+        require(v.head == keccak256(abi.encode(keccak256("spec"), uint256(1), C1, M1)), "head");
     }
 
     function test_round_is_rejected_when_no_majority_is_left() public {
@@ -70,7 +70,7 @@ contract RoundsTest is Base {
         vote(0, 1, C1, true);
         vote(1, 1, C1, true);
         vote(0, 1, C2, true);
-        assertEq(swarm.acceptingOf(run, 1, C1, M1), 2, "site 1 alone");
+        assertEq(swarm.acceptingOf(run, C1, M1), 2, "site 1 alone");
         vote(2, 1, C1, true);
         assertPhase(ISwarm.Phase.Vote, ISwarm.Outcome.Pending);
     }
@@ -160,11 +160,11 @@ contract RoundsTest is Base {
     }
 
     function test_invalid_founders() public {
-        ISwarm.Site[] memory none = new ISwarm.Site[](0);
+        ISwarm.Founder[] memory none = new ISwarm.Founder[](0);
         vm.expectRevert(abi.encodeWithSelector(ISwarm.NoFounders.selector));
         new Swarm(none);
-        ISwarm.Site[] memory twice = new ISwarm.Site[](2);
-        (twice[0], twice[1]) = (ISwarm.Site(key(0), "a"), ISwarm.Site(key(0), "b"));
+        ISwarm.Founder[] memory twice = new ISwarm.Founder[](2);
+        (twice[0], twice[1]) = (ISwarm.Founder(key(0), "a"), ISwarm.Founder(key(0), "b"));
         vm.expectRevert(abi.encodeWithSelector(ISwarm.SiteExists.selector, key(0), 0));
         new Swarm(twice);
     }
@@ -218,18 +218,18 @@ contract RoundsTest is Base {
     }
 
     function test_attack_copied_commitment_opens_to_somebody_else() public {
-        bytes32 own = swarm.computeCommitment(run, 1, key(0), C1, 5, M1);
-        require(own != swarm.computeCommitment(run, 1, key(1), C1, 5, M1), "site");
-        require(own != swarm.computeCommitment(run, 2, key(0), C1, 5, M1), "round");
-        require(own != swarm.computeCommitment(run + 1, 1, key(0), C1, 5, M1), "run");
-        require(own != swarm.computeCommitment(run, 1, key(0), C1, 6, M1), "samples");
+        bytes32 own = swarm.computeCommitment(run, 1, 0, C1, 5, M1);
+        require(own != swarm.computeCommitment(run, 1, 1, C1, 5, M1), "site");
+        require(own != swarm.computeCommitment(run, 2, 0, C1, 5, M1), "round");
+        require(own != swarm.computeCommitment(run + 1, 1, 0, C1, 5, M1), "run");
+        require(own != swarm.computeCommitment(run, 1, 0, C1, 6, M1), "samples");
         vm.chainId(99);
-        require(own != swarm.computeCommitment(run, 1, key(0), C1, 5, M1), "chain");
+        require(own != swarm.computeCommitment(run, 1, 0, C1, 5, M1), "chain");
     }
 
     function test_attack_copy_sent_first_does_not_block_its_author() public {
         open(0);
-        bytes32 own = swarm.computeCommitment(run, 1, key(1), C1, 5, M1);
+        bytes32 own = swarm.computeCommitment(run, 1, 1, C1, 5, M1);
         vm.prank(key(0));
         swarm.commit(run, 1, own);
         vm.prank(key(1));
@@ -259,7 +259,7 @@ contract RoundsTest is Base {
 
     function testFuzz_quorum_is_a_majority_within_the_members(uint8 members, uint16 quorumBps) public pure {
         uint256 n = uint256(members) + 1;
-        uint256 quorum = Phases.quorum(n, quorumBps % 10_001);
+        uint256 quorum = Phases.quorumOf(n, quorumBps % 10_001);
         require(quorum * 2 > n && quorum <= n, "majority");
     }
 

@@ -49,8 +49,9 @@ def deploy(rpc_url: str, cards: tuple[Path, ...], keystore: Path, password_file:
     """Deploy a consortium's contract. The deployer gets no power by it: there is no owner."""
     import os
 
-    from swarmchain.chain import Node, deploy_contract
+    from swarmchain.chain import deploy_contract
     from swarmchain.keys import PASSWORD_VARIABLE, read_password_file
+    from swarmchain.node import Node
 
     sites = [read_site_card(path) for path in cards]
     names = [card.name for card in sites]

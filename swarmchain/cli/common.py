@@ -49,7 +49,8 @@ def unlock_keystore(path: Path, password: str | None) -> Signer:
 
 def connect(config: SiteConfig) -> SwarmContract:
     """The consortium's contract, as the site's settings name it."""
-    from swarmchain.chain import Node, SwarmContract
+    from swarmchain.chain import SwarmContract
+    from swarmchain.node import Node
 
     deployment = read_deployment(config.resolve(config.chain.deployment))
     return SwarmContract(Node(config.rpc_url, timeout_s=config.chain.timeout_s), deployment)

@@ -1,0 +1,134 @@
+"""What each call costs in gas, from receipts on Anvil: whole rounds through the contract, per number of sites.
+
+    python bench/gas.py [--sites 4 10 64 256] [--rounds 4] [--at-round 1000] [--json] [--write]
+
+A round is one `openRound`, a `commit` and an accepting `vote` of every site; the votes after the decision are counted
+too. `commit_first` and `vote_first` are the first of a round, `vote_final` is the one that decides, `commit` and `vote`
+are the median of all others, `per_site_round` is everything divided by the sites. The first two rounds of a run, which
+fill slots for the first time, are left out and stand in rows of their own. `--at-round` puts one row at the end of a
+long history. `--write` puts the table into docs/gas.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from eth_account import Account
+
+from swarmchain.chain import SwarmContract, deploy_contract
+from swarmchain.devchain import start_devchain
+from swarmchain.keys import Signer
+from swarmchain.node import Node, load_artifact
+from swarmchain.protocol import Terms
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ("open", "commit_first", "commit", "vote_first", "vote", "vote_final", "per_site_round")
+MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
+
+
+class Round:
+    """Gas of every call of one round, in their order."""
+
+    def __init__(self, contract: SwarmContract, signers: list[Signer], run: int, round_id: int) -> None:
+        digests = [bytes([round_id % 251 + 1, kind]) * 16 for kind in (1, 2)]
+        checkpoint, manifest = (digest.hex() for digest in digests)
+        self.open = contract.open_round(signers[round_id % len(signers)], run)
+        self.commits = [contract.commit(s, run, round_id, checkpoint) for s in signers]
+        self.votes = [contract.vote(s, (run, round_id), checkpoint, manifest, accept=True, score_bps=9000)
+                      for s in signers]
+
+
+def summarize(rounds: list[Round], sites: int) -> dict[str, Any]:
+    final = sites // 2  # index of the vote that completes the majority
+    median = statistics.median
+    others = [gas for r in rounds for i, gas in enumerate(r.votes) if i not in (0, final)]
+    return {
+        "open": median(r.open for r in rounds),
+        "commit_first": median(r.commits[0] for r in rounds),
+        "commit": median(gas for r in rounds for gas in r.commits[1:]),
+        "vote_first": median(r.votes[0] for r in rounds),
+        "vote": median(others), "vote_final": median(r.votes[final] for r in rounds),
+        "per_site_round": round(median((r.open + sum(r.commits) + sum(r.votes)) / sites for r in rounds)),
+        "commit_max": max(gas for r in rounds for gas in r.commits),
+        "vote_max": max(gas for r in rounds for gas in r.votes), "open_max": max(r.open for r in rounds),
+    }
+
+
+def make_signers(count: int) -> list[Signer]:
+    return [Signer(Account.from_key((i + 1).to_bytes(32, "big"))) for i in range(count)]
+
+
+def start_run(rpc_url: str, sites: int) -> tuple[SwarmContract, list[Signer], int, int]:
+    """A consortium whose sites have all joined one run; its contract, keys, run, and the gas of the deployment."""
+    node, signers = Node(rpc_url), make_signers(sites)
+    deployment = deploy_contract(node, signers[0], [(s.address, f"Site {i}") for i, s in enumerate(signers)])
+    deployed = int(node.web3.eth.get_block(deployment.block, True)["transactions"][0]["gas"])  # type: ignore[index]
+    receipt = node.web3.eth.get_block_receipts(deployment.block)[0]
+    deployed = int(receipt["gasUsed"])
+    contract = SwarmContract(node, deployment)
+    run = contract.propose_run(signers[0], spec="ab" * 32, terms=Terms(10_000_000 // 2, 5_000_000, 2))
+    for signer in signers:
+        contract.join_run(signer, run)
+    return contract, signers, run, deployed
+
+
+def measure(sites: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Rows for the first, the second, and the `rounds` rounds after them."""
+    with start_devchain("anvil") as chain:
+        contract, signers, run, deployed = start_run(chain.rpc_url, sites)
+        found = [Round(contract, signers, run, n) for n in range(1, rounds + 3)]
+    runtime = {"runtime_bytes": len(load_artifact()["runtime"]) // 2, "deploy": deployed}
+    return {"first round": summarize(found[:1], sites), "second round": summarize(found[1:2], sites),
+            "": {**summarize(found[2:], sites), **runtime}}
+
+
+def measure_history(sites: int, at_round: int) -> dict[str, Any]:
+    """One round after `at_round` - 1 others."""
+    with start_devchain("anvil") as chain:
+        contract, signers, run, _ = start_run(chain.rpc_url, sites)
+        for round_id in range(1, at_round):
+            contract.open_round(signers[0], run)
+            for signer in signers:
+                contract.commit(signer, run, round_id, f"{round_id:064x}")
+            for signer in signers[: sites // 2 + 1]:
+                contract.vote(signer, (run, round_id), f"{round_id:064x}", "33" * 32, accept=True, score_bps=1)
+        return summarize([Round(contract, signers, run, at_round)], sites)
+
+
+def format_table(found: dict[str, dict[str, Any]]) -> str:
+    lines = ["| sites | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    lines += [f"| {name} | " + " | ".join(f"{row[column]:,.0f}" for column in COLUMNS) + " |"
+              for name, row in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sites", type=int, nargs="+", default=[4, 10, 64, 256])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--at-round", type=int, default=1000, help="0 leaves the row out")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/gas.md")
+    options = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    for sites in options.sites:
+        rows = measure(sites, options.rounds)
+        if sites == 10:
+            found |= {"10, first round": rows["first round"], "10, second round": rows["second round"]}
+        found[str(sites)] = rows[""]
+    if options.at_round:
+        found[f"4, round {options.at_round}"] = measure_history(4, options.at_round)
+    if options.json:
+        json.dump(found, sys.stdout, indent=1)
+        return
+    table = format_table(found)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
