@@ -23,6 +23,7 @@ abstract contract Membership is ISwarm {
 
     constructor(Founder[] memory founders) {
         if (founders.length == 0) revert NoFounders();
+        if (founders.length > SITES_MAX) revert TooManySites(founders.length, SITES_MAX);
         for (uint256 i = 0; i < founders.length; ++i) {
             _requireNew(founders[i].key, founders[i].name);
             _admit(founders[i].key, founders[i].name);
@@ -72,11 +73,10 @@ abstract contract Membership is ISwarm {
 
     /// @dev Asked twice: so that no nonsense is voted on, and because the world moves between proposal and majority.
     function _requirePossible(Change kind, address subject, bytes32 data) private view {
+        if (kind == Change.Retire && subject.code.length == 0) revert InvalidSuccessor(subject);
+        if (kind == Change.Admit && _sites.length == SITES_MAX) revert TooManySites(SITES_MAX + 1, SITES_MAX);
         if (kind == Change.Admit) return _requireNew(subject, data);
-        if (kind == Change.Retire) {
-            if (subject.code.length == 0) revert InvalidSuccessor(subject);
-            return;
-        }
+        if (kind == Change.Retire) return;
         uint256 site = siteOf(subject);
         if (kind == Change.RotateKey) {
             if (uint256(data) > type(uint160).max) revert InvalidSite(site, _toKey(data));
@@ -89,7 +89,6 @@ abstract contract Membership is ISwarm {
     function _requireNew(address key, bytes32 name) private view {
         if (key == address(0) || name == 0) revert InvalidSite(_sites.length, key);
         if (_indexOf[key] != 0) revert SiteExists(key, _indexOf[key] - 1);
-        if (_sites.length == SITES_MAX) revert TooManySites(SITES_MAX + 1, SITES_MAX);
     }
 
     function _admit(address key, bytes32 name) private {

@@ -3,13 +3,12 @@ pragma solidity 0.8.30;
 
 import {ISwarm} from "../ISwarm.sol";
 import {Swarm} from "../Swarm.sol";
-import {Base, Vm} from "./Base.t.sol";
+import {Base, deploySwarm, keyOf, vm} from "./Base.t.sol";
 
 /// @dev Calls the contract at random and keeps its own book, written the plain way: arrays instead of masks, no slot
 /// reused, every rule a sentence. A call must succeed exactly when the book allows it, so the handler itself reverts
 /// (and with it the test) on the first disagreement.
 contract Handler {
-    Vm internal constant vm = Vm(address(uint160(uint256(keccak256("hevm cheat code")))));
     uint256 public constant SITES = 5;
     uint256 internal constant COMMIT_WINDOW = 100;
     uint256 internal constant VOTE_WINDOW = 50;
@@ -45,7 +44,7 @@ contract Handler {
     constructor() {
         ISwarm.Founder[] memory founders = new ISwarm.Founder[](SITES);
         for (uint256 i = 0; i < SITES; ++i) founders[i] = ISwarm.Founder(key(i), bytes32(i + 1));
-        swarm = new Swarm(founders);
+        swarm = deploySwarm(founders);
         vm.prank(key(0));
         swarm.proposeRun(keccak256("spec"), ISwarm.Terms(uint32(COMMIT_WINDOW), uint32(VOTE_WINDOW), uint16(SITES_MIN), 0));
     }

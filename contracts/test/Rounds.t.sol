@@ -5,7 +5,7 @@ import {Bits} from "../Bits.sol";
 import {ISwarm} from "../ISwarm.sol";
 import {Phases} from "../Phases.sol";
 import {Swarm} from "../Swarm.sol";
-import {Base} from "./Base.t.sol";
+import {Base, deploySwarm, makeFounders, vm} from "./Base.t.sol";
 
 contract RoundsTest is Base {
     function test_round_finalizes_with_a_majority() public {
@@ -109,7 +109,7 @@ contract RoundsTest is Base {
     }
 
     function test_invalid_open_with_too_few_sites() public {
-        run = propose(100, 50, 2, 0);
+        run = proposeRun(100, 50, 2, 0);
         join(0);
         vm.expectRevert(abi.encodeWithSelector(ISwarm.TooFewSites.selector, 1, 2));
         open(0);
@@ -141,7 +141,7 @@ contract RoundsTest is Base {
     }
 
     function test_invalid_member_who_joined_later() public {
-        run = propose(100, 50, 2, 0);
+        run = proposeRun(100, 50, 2, 0);
         join(0);
         join(1);
         open(0);
@@ -152,21 +152,21 @@ contract RoundsTest is Base {
 
     function test_invalid_terms() public {
         vm.expectRevert(abi.encodeWithSelector(ISwarm.WindowOutOfRange.selector, 0, 90 days));
-        propose(0, 50, 2, 0);
+        proposeRun(0, 50, 2, 0);
         vm.expectRevert(abi.encodeWithSelector(ISwarm.SitesMinOutOfRange.selector, 5, 4));
-        propose(100, 50, 5, 0);
+        proposeRun(100, 50, 5, 0);
         vm.expectRevert(abi.encodeWithSelector(ISwarm.QuorumOutOfRange.selector, 10_001, 10_000));
-        propose(100, 50, 2, 10_001);
+        proposeRun(100, 50, 2, 10_001);
     }
 
     function test_invalid_founders() public {
         ISwarm.Founder[] memory none = new ISwarm.Founder[](0);
         vm.expectRevert(abi.encodeWithSelector(ISwarm.NoFounders.selector));
-        new Swarm(none);
+        deploySwarm(none);
         ISwarm.Founder[] memory twice = new ISwarm.Founder[](2);
         (twice[0], twice[1]) = (ISwarm.Founder(key(0), "a"), ISwarm.Founder(key(0), "b"));
         vm.expectRevert(abi.encodeWithSelector(ISwarm.SiteExists.selector, key(0), 0));
-        new Swarm(twice);
+        deploySwarm(twice);
     }
 
     // ------------------------------------------------------------------ attacks
