@@ -2,7 +2,7 @@
 pragma solidity 0.8.30;
 
 import {Bits} from "./Bits.sol";
-import {ANNOUNCED, ASTRAY, COMMITTED, ENOUGH, PARTIAL, Phases, State, VOTED} from "./Phases.sol";
+import "./Phases.sol";
 import {Runs} from "./Runs.sol";
 
 /// @notice How it is trained: open, commit, vote; phases computed, outcomes latched.
@@ -21,14 +21,14 @@ abstract contract Rounds is Runs {
         uint256 active = activeSites;
         if (active == 0) revert Retired(successor);
         uint256 members = r.joined & active;
-        if (members.count() < s.sitesMin()) revert TooFewSites(members.count(), s.sitesMin());
+        if (members.count() < s.get(SITES_MIN)) revert TooFewSites(members.count(), s.get(SITES_MIN));
 
         uint256 expected = _expect(r, s, members);
         if (phase == Phase.Closed) s = _settle(r, s, run, outcome);
-        uint256 quorum = Phases.quorumOf(members.count(), s.quorumBps());
-        round = s.round() + 1;
-        s = s.set(0, 32, round).set(64, 40, block.timestamp + s.commitWindow());
-        s = s.set(184, 16, members.count()).set(200, 16, quorum).set(248, 8, expected == members ? 0 : PARTIAL);
+        uint256 quorum = Phases.quorumOf(members.count(), s.get(QUORUM_BPS));
+        round = s.get(ROUND) + 1;
+        s = s.set(ROUND, round).set(COMMIT_END, block.timestamp + s.get(COMMIT_WINDOW));
+        s = s.set(MEMBERS, members.count()).set(QUORUM, quorum).set(FLAGS, expected == members ? 0 : PARTIAL);
         (r.state, r.members) = (s, members);
         if (expected != members) r.expected = expected;
         emit RoundOpened(run, round, site, members, expected, quorum);
@@ -44,11 +44,11 @@ abstract contract Rounds is Runs {
 
     /// @dev Writes the newest round's outcome down before its slots are reused.
     function _settle(Run storage r, State s, uint256 run, Outcome outcome) private returns (State) {
-        r.outcomes[s.round() >> 7] |= uint256(outcome) << ((s.round() & 127) << 1);
-        if (outcome == Outcome.Finalized) return s.set(232, 16, 0);
-        if (outcome == Outcome.Expired) emit RoundExpired(run, s.round());
-        if (outcome == Outcome.Rejected && s.rejections() < 255) s = s.set(240, 8, s.rejections() + 1);
-        return s.failures() < 255 ? s.set(232, 8, s.failures() + 1) : s;
+        r.outcomes[s.get(ROUND) >> 7] |= uint256(outcome) << ((s.get(ROUND) & 127) << 1);
+        if (outcome == Outcome.Finalized) return s.set(FAILURES, 0).set(REJECTIONS, 0);
+        if (outcome == Outcome.Expired) emit RoundExpired(run, s.get(ROUND));
+        if (outcome == Outcome.Rejected && s.get(REJECTIONS) < 255) s = s.set(REJECTIONS, s.get(REJECTIONS) + 1);
+        return s.get(FAILURES) < 255 ? s.set(FAILURES, s.get(FAILURES) + 1) : s;
     }
 
     // ------------------------------------------------------------------ commit
@@ -74,10 +74,10 @@ abstract contract Rounds is Runs {
     /// enough, and when the last expected site has come.
     function _countCommitments(Run storage r, State s, uint256 committed) private {
         State t = s.with(COMMITTED);
-        if (!s.has(ENOUGH) && committed.count() + s.members() >= 256 + s.sitesMin()) t = t.with(ENOUGH);
+        if (!s.has(ENOUGH) && committed.count() + s.get(MEMBERS) >= 256 + s.get(SITES_MIN)) t = t.with(ENOUGH);
         uint256 missing = ~committed;
         if (missing != 0 && s.has(PARTIAL)) missing &= r.expected;
-        if (missing == 0 && t.has(ENOUGH)) t = t.set(64, 40, block.timestamp);
+        if (missing == 0 && t.has(ENOUGH)) t = t.set(COMMIT_END, block.timestamp);
         if (State.unwrap(t) != State.unwrap(s)) r.state = t;
     }
 
@@ -96,9 +96,9 @@ abstract contract Rounds is Runs {
             : _stray(r, s, site, _rejection(round));
         emit Voted(run, round, site, checkpoint, manifest, accept, scoreBps);
         if (s.outcome() == Outcome.Pending) {
-            if (accept && votes >= s.quorum()) t = _finalize(r, t, run, checkpoint, manifest);
-            if (!accept && votes > s.members() - s.quorum()) {
-                t = t.decide(Outcome.Rejected);
+            if (accept && votes >= s.get(QUORUM)) t = _finalize(r, t, run, checkpoint, manifest);
+            if (!accept && votes > s.get(MEMBERS) - s.get(QUORUM)) {
+                t = t.with(uint256(Outcome.Rejected));
                 emit RoundRejected(run, round, r.cast[_rejection(round)]);
             }
         }
@@ -129,7 +129,7 @@ abstract contract Rounds is Runs {
         }
         uint256 accepting = r.accepting | Bits.bit(site);
         r.accepting = accepting;
-        return (s.with(VOTED), accepting.count() + s.members() - 256);
+        return (s.with(VOTED), accepting.count() + s.get(MEMBERS) - 256);
     }
 
     /// @dev The same for any ballot but the front-runner, a rejection included.
@@ -144,17 +144,17 @@ abstract contract Rounds is Runs {
     }
 
     function _finalize(Run storage r, State s, uint256 run, bytes32 checkpoint, bytes32 manifest) private returns (State) {
-        bytes32 head = keccak256(abi.encode(r.head, s.round(), checkpoint, manifest));
+        bytes32 head = keccak256(abi.encode(r.head, s.get(ROUND), checkpoint, manifest));
         (r.checkpoint, r.manifest, r.head) = (checkpoint, manifest, head);
-        emit RoundFinalized(run, s.round(), checkpoint, manifest, head);
-        return s.decide(Outcome.Finalized).set(32, 32, s.round());
+        emit RoundFinalized(run, s.get(ROUND), checkpoint, manifest, head);
+        return s.with(uint256(Outcome.Finalized)).set(FINALIZED_ROUND, s.get(ROUND));
     }
 
     function _newest(uint256 run, uint256 round) private view returns (Run storage r, State s, uint256 site) {
         site = siteOf(msg.sender);
         r = _run(run);
         s = r.state;
-        if (round == 0 || round != s.round()) revert WrongRound(round, s.round());
+        if (round == 0 || round != s.get(ROUND)) revert WrongRound(round, s.get(ROUND));
     }
 
     function _ballot(uint256 round, bytes32 checkpoint, bytes32 manifest) private pure returns (bytes32) {
@@ -169,15 +169,15 @@ abstract contract Rounds is Runs {
     function phaseAt(uint256 run, uint256 round, uint256 timestamp) external view returns (Phase, Outcome) {
         Run storage r = _run(run);
         State s = r.state;
-        if (round == s.round()) return s.phase(timestamp);
-        if (round == 0 || round > s.round()) return (Phase.None, Outcome.Pending);
+        if (round == s.get(ROUND)) return s.phase(timestamp);
+        if (round == 0 || round > s.get(ROUND)) return (Phase.None, Outcome.Pending);
         return (Phase.Closed, Outcome((r.outcomes[round >> 7] >> ((round & 127) << 1)) & 3));
     }
 
     function acceptingOf(uint256 run, bytes32 checkpoint, bytes32 manifest) external view returns (uint256) {
         Run storage r = _run(run);
         State s = r.state;
-        bytes32 ballot = _ballot(s.round(), checkpoint, manifest);
+        bytes32 ballot = _ballot(s.get(ROUND), checkpoint, manifest);
         return s.has(VOTED) && r.front == ballot ? r.accepting & r.members : r.cast[ballot];
     }
 
@@ -185,22 +185,22 @@ abstract contract Rounds is Runs {
         Run storage r = _run(run);
         State s = r.state;
         v.terms = Terms(
-            uint32(s.commitWindow()), uint32(s.voteWindow()), uint16(s.sitesMin()), uint16(s.quorumBps())
+            uint32(s.get(COMMIT_WINDOW)), uint32(s.get(VOTE_WINDOW)), uint16(s.get(SITES_MIN)), uint16(s.get(QUORUM_BPS))
         );
-        (v.spec, v.proposer, v.successor) = (r.spec, s.proposer(), successor);
+        (v.spec, v.proposer, v.successor) = (r.spec, s.get(PROPOSER), successor);
         v.joined = activeSites == 0 ? r.joined : r.joined & activeSites;
         (v.phase, v.outcome) = s.phase(timestamp == 0 ? block.timestamp : timestamp);
-        (v.round, v.quorum, v.head) = (s.round(), s.quorum(), r.head);
-        if (s.round() != 0) {
+        (v.round, v.quorum, v.head) = (s.get(ROUND), s.get(QUORUM), r.head);
+        if (s.get(ROUND) != 0) {
             v.members = r.members;
-            (v.commitDeadline, v.voteDeadline) = (s.commitEnd(), s.voteDeadline());
+            (v.commitDeadline, v.voteDeadline) = (s.get(COMMIT_END), s.voteDeadline());
             v.expected = s.has(PARTIAL) ? r.expected : r.members;
         }
         if (s.has(COMMITTED)) v.committed = r.committed & r.members;
-        if (s.has(ASTRAY)) (v.voted, v.rejecting) = (r.astray, r.cast[_rejection(s.round())]);
+        if (s.has(ASTRAY)) (v.voted, v.rejecting) = (r.astray, r.cast[_rejection(s.get(ROUND))]);
         if (s.has(VOTED)) v.voted |= r.accepting & r.members;
-        (v.finalizedRound, v.failures, v.rejections) = (s.finalizedRound(), s.failures(), s.rejections());
-        if (s.finalizedRound() != 0) (v.checkpoint, v.manifest) = (r.checkpoint, r.manifest);
+        (v.finalizedRound, v.failures, v.rejections) = (s.get(FINALIZED_ROUND), s.get(FAILURES), s.get(REJECTIONS));
+        if (s.get(FINALIZED_ROUND) != 0) (v.checkpoint, v.manifest) = (r.checkpoint, r.manifest);
         v.commitments = new bytes32[](siteCount());
         for (uint256 i = 0; i < v.commitments.length; ++i) {
             if (v.committed.has(i)) v.commitments[i] = r.commitments[i];

@@ -3,7 +3,7 @@ pragma solidity 0.8.30;
 
 import {Bits} from "./Bits.sol";
 import {Membership} from "./Membership.sol";
-import {ANNOUNCED, State} from "./Phases.sol";
+import "./Phases.sol";
 
 /// @notice What is trained: runs, their terms, and who takes part.
 abstract contract Runs is Membership {
@@ -54,8 +54,8 @@ abstract contract Runs is Membership {
         if (terms.quorumBps > BPS) revert QuorumOutOfRange(terms.quorumBps, BPS);
         Run storage r = _runs[run];
         (r.spec, r.head) = (spec, spec);
-        r.state = State.wrap(0).set(104, 24, terms.commitWindow).set(128, 24, terms.voteWindow)
-            .set(152, 16, terms.quorumBps).set(168, 16, terms.sitesMin).set(216, 16, site);
+        r.state = State.wrap(0).set(COMMIT_WINDOW, terms.commitWindow).set(VOTE_WINDOW, terms.voteWindow)
+            .set(QUORUM_BPS, terms.quorumBps).set(SITES_MIN, terms.sitesMin).set(PROPOSER, site);
         _prepay(r, spec);
         emit RunProposed(run, spec, site, terms);
     }
@@ -89,13 +89,13 @@ abstract contract Runs is Membership {
 
     /// @dev Puts something into each slot that rounds will write, so that the first costs what the thousandth does.
     function _prepay(Run storage r, bytes32 spec) private {
-        (r.members, r.committed, r.accepting, r.outcomes[0]) = (1, 1, 1, 1);
+        (r.members, r.committed, r.accepting, r.outcomes[0]) = (1, 1, 1, 1); // anything but 0
         (r.front, r.checkpoint, r.manifest) = (spec, spec, spec);
     }
 
     /// @dev Keeps `_runsNeeding` true.
     function _setJoined(Run storage r, uint256 joined) private {
-        uint256 sitesMin = r.state.sitesMin();
+        uint256 sitesMin = r.state.get(SITES_MIN);
         if (activeSites != 0) joined &= activeSites;
         if (r.joined.count() >= sitesMin) --_runsNeeding[sitesMin];
         if (joined.count() >= sitesMin) ++_runsNeeding[sitesMin];
@@ -104,7 +104,7 @@ abstract contract Runs is Membership {
 
     function _run(uint256 run) internal view returns (Run storage r) {
         r = _runs[run];
-        if (r.state.sitesMin() == 0) revert UnknownRun(run, runCount);
+        if (r.state.get(SITES_MIN) == 0) revert UnknownRun(run, runCount);
     }
 
     function _joinedRun(uint256 run) internal view returns (Run storage r, uint256 site) {

@@ -23,7 +23,7 @@ from swarmchain.protocol import Change, Outcome, Phase, RoundKey, RunView, Terms
 # Above what a call can need (the snapshot of gas in the contract's tests), below any block's limit.
 GAS_MAX = {"propose": 400_000, "approve": 300_000, "setSealKey": 100_000, "proposeRun": 400_000, "joinRun": 250_000,
            "leaveRun": 150_000, "announce": 150_000, "openRound": 200_000, "commit": 150_000, "vote": 250_000}
-DEPLOY_GAS_BASE, DEPLOY_GAS_PER_SITE = 4_000_000, 120_000
+DEPLOY_GAS_BASE, DEPLOY_GAS_PER_SITE = 3_200_000, 90_000
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from enum import IntEnum
 from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ T = TypeVar("T")
 
 RECEIPT_TIMEOUT_S = 60.0
 SENDS_MAX = 20
+ENUMS: dict[str, type[IntEnum]] = {"enum ISwarm.Phase": Phase, "enum ISwarm.Change": Change}
 # geth and Anvil, Hardhat, Besu: how nodes say that another transaction of this key has the nonce
 NONCE_WORDS = re.compile(
     "nonce too low|nonce has already been used|replacement transaction underpriced|already known|already imported"
@@ -160,11 +162,8 @@ def decode_revert(data: str) -> ChainError:
             for item in entry["inputs"]:
                 if item["type"] == "address":
                     named[item["name"]] = to_checksum_address(named[item["name"]])
-            for name in ("phase", "needed"):
-                if name in named:
-                    named[name] = Phase(named[name]).name
-            if "kind" in named:
-                named["kind"] = Change(named["kind"]).name
+                if enum := ENUMS.get(item["internalType"]):
+                    named[item["name"]] = enum(named[item["name"]]).name
             return CONTRACT_ERRORS[entry["name"]](**named)
     return ChainError(f"the contract refused with the unknown error 0x{raw[:4].hex()}")
 

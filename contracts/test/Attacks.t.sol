@@ -113,7 +113,7 @@ contract AttacksTest is Base {
         assertTrue(!done, "no empty result can be accepted");
     }
 
-    /// mutant Rounds.sol: `Phases.quorumOf(members.count(), s.quorumBps())` => `Phases.quorumOf(expected.count(), s.quorumBps())`
+    /// mutant Rounds.sol: `Phases.quorumOf(members.count(), s.get(QUORUM_BPS))` => `Phases.quorumOf(expected.count(), s.get(QUORUM_BPS))`
     function test_attack_quorum_of_those_who_turned_up() public {
         open(0);
         commit(0, 1);
@@ -127,7 +127,7 @@ contract AttacksTest is Base {
         assertPhase(ISwarm.Phase.Vote, ISwarm.Outcome.Pending); // all who turned up, but no majority of the members
     }
 
-    /// mutant Rounds.sol: `if (round == 0 || round != s.round()) revert WrongRound(round, s.round());` => `if (round == 0 || round > s.round()) revert WrongRound(round, s.round());`
+    /// mutant Rounds.sol: `if (round == 0 || round != s.get(ROUND)) revert WrongRound(round, s.get(ROUND));` => `if (round == 0 || round > s.get(ROUND)) revert WrongRound(round, s.get(ROUND));`
     function test_attack_vote_for_a_past_round() public {
         open(0);
         finalize(1, C1);
@@ -138,7 +138,7 @@ contract AttacksTest is Base {
     }
 
     /// A liar can only vote for a digest that nobody else computed.
-    /// mutant Rounds.sol: `if (accept && votes >= s.quorum())` => `if (accept)`
+    /// mutant Rounds.sol: `if (accept && votes >= s.get(QUORUM))` => `if (accept)`
     function test_attack_lying_merge() public {
         open(0);
         commitAll(1);
@@ -179,7 +179,7 @@ contract AttacksTest is Base {
     // ------------------------------------------------------------------ time
 
     /// A withheld opening, or a site that never comes, holds a round up for one window at most.
-    /// mutant Phases.sol: `if (t < commitEnd(s)) return (ISwarm.Phase.Commit, ISwarm.Outcome.Pending);` => `if (!has(s, ENOUGH) || t < commitEnd(s)) return (ISwarm.Phase.Commit, ISwarm.Outcome.Pending);`
+    /// mutant Phases.sol: `if (t < get(s, COMMIT_END)) return (ISwarm.Phase.Commit, ISwarm.Outcome.Pending);` => `if (!has(s, ENOUGH) || t < get(s, COMMIT_END)) return (ISwarm.Phase.Commit, ISwarm.Outcome.Pending);`
     function test_attack_withheld_commitment_stops_nothing() public {
         open(0);
         commit(0, 1);
@@ -198,7 +198,7 @@ contract AttacksTest is Base {
         assertEq(view_().round, 2, "the next round");
     }
 
-    /// mutant Rounds.sol: `r.outcomes[s.round() >> 7] |=` => `for (uint256 i = 1; i < s.round(); ++i) if (r.outcomes[i >> 7] == 0) revert EmptyDigest(run, i); r.outcomes[s.round() >> 7] |=`
+    /// mutant Rounds.sol: `r.outcomes[s.get(ROUND) >> 7] |=` => `for (uint256 i = 1; i < s.get(ROUND); ++i) if (r.outcomes[i >> 7] == 0) revert EmptyDigest(run, i); r.outcomes[s.get(ROUND) >> 7] |=`
     function test_attack_cost_grows_with_history() public {
         uint256 early;
         for (uint256 round = 1; round <= 100; ++round) {

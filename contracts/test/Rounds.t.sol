@@ -278,6 +278,18 @@ contract RoundsTest is Base {
         assertPhase(ISwarm.Phase.Closed, ISwarm.Outcome.Rejected); // one rejection makes it impossible
     }
 
+    function test_quorum_is_rounded_up() public {
+        found(3);
+        run = proposeRun(100, 50, 2, 6_667);
+        for (uint256 i = 0; i < 3; ++i) join(i);
+        open(0);
+        assertEq(view_().quorum, 3, "two of three are not quite enough");
+        run = proposeRun(100, 50, 2, 6_666);
+        for (uint256 i = 0; i < 3; ++i) join(i);
+        open(0);
+        assertEq(view_().quorum, 2, "two of three are enough");
+    }
+
     function test_round_is_rejected_when_no_quorum_is_left() public {
         open(0);
         commitAll(1);

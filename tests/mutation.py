@@ -1,0 +1,268 @@
+"""Mutation testing of the contract: does some test fail when the source says something else?
+
+    python tests/mutation.py [--jobs 2] [--only 10] [--json] [--write]
+
+The compiler's syntax tree of every source (the interface is none) gives the places; each mutant differs in one of
+them. A mutant is compiled with the package's settings and handed to the forge tests as bytecode, so these are compiled
+once only. It is killed when a test fails, and equal when it compiles to the same bytes. `--write` puts the score and
+all survivors into docs/mutants.md; what is known of a survivor stands in SURVIVORS, and one that is not there is a gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTRACTS = ROOT / "contracts"
+SWAPS = {
+    "==": ["!="], "!=": ["=="], "<": ["<=", ">="], "<=": ["<", ">"], ">": [">=", "<="], ">=": [">", "<"],
+    "+": ["-"], "-": ["+"], "*": ["/"], "/": ["*"], "&": ["|"], "|": ["&"], "<<": [">>"], ">>": ["<<"],
+    "&&": ["||"], "||": ["&&"], "^": ["&"],
+}
+ASSIGNMENTS = {"|=": ["=", "&="], "&=": ["=", "|="], "+=": ["="]}
+FORGE_LIMITS = {"FOUNDRY_FUZZ_RUNS": "64", "FOUNDRY_INVARIANT_RUNS": "12", "FOUNDRY_INVARIANT_DEPTH": "96"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one source: bytes `start` to `end` of `file` become `new`."""
+
+    file: str
+    start: int
+    end: int
+    new: str
+    line: int
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.line} {self.text}"
+
+
+@cache
+def read_sources() -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(CONTRACTS.glob("*.sol"))}
+
+
+def compile_sources(sources: Mapping[str, str], *, output: tuple[str, ...], ast: bool = False) -> dict[str, Any]:
+    """The compiler's standard JSON answer, with the package's settings."""
+    sys.path.insert(0, str(ROOT / "deploy"))
+    from compile import SETTINGS, find_solc  # type: ignore[import-not-found]
+
+    selection: dict[str, Any] = {"Swarm.sol": {"Swarm": list(output)}}
+    if ast:
+        selection["*"] = {"": ["ast"]}
+    request = {
+        "language": "Solidity", "sources": {name: {"content": text} for name, text in sources.items()},
+        "settings": {**SETTINGS, "outputSelection": selection},
+    }
+    done = subprocess.run([str(find_solc(download=False)), "--standard-json"], input=json.dumps(request),
+                          capture_output=True, text=True, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def compile_creation_code(sources: Mapping[str, str]) -> str | None:
+    """Creation bytecode as hex, None where the sources do not compile."""
+    answer = compile_sources(sources, output=("evm.bytecode.object",))
+    if any(error["severity"] == "error" for error in answer.get("errors", [])):
+        return None
+    code: str = answer["contracts"]["Swarm.sol"]["Swarm"]["evm"]["bytecode"]["object"]
+    return code
+
+
+@cache
+def find_forge() -> str:
+    found = sorted((ROOT / "node_modules").glob("@foundry-rs/forge-*/bin/forge"))
+    return str(found[0]) if found else "forge"
+
+
+@cache
+def copy_project() -> Path:
+    """A copy with the tests compiled, so that whoever edits or builds the project meanwhile disturbs nothing."""
+    folder = Path(tempfile.mkdtemp(prefix="swarmchain-mutants-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("contracts", "deploy"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("cache", "out"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name)  # forge compiles what has changed since
+    shutil.copy(ROOT / "foundry.toml", folder)
+    (folder / "node_modules").symlink_to(ROOT / "node_modules")
+    subprocess.run([find_forge(), "build"], cwd=folder, capture_output=True, text=True, check=True)
+    return folder
+
+
+def run_forge(code: str, *selection: str) -> tuple[bool, str]:
+    """Whether all selected tests pass with this contract, and what forge printed."""
+    environment = {**os.environ, **FORGE_LIMITS, "SWARM_CREATION_CODE": "0x" + code}
+    done = subprocess.run([find_forge(), "test", "--fail-fast", *selection], cwd=copy_project(), env=environment,
+                          capture_output=True, text=True, check=False)
+    if "Suite result" not in done.stdout:
+        raise RuntimeError(f"forge ran no test: {done.stdout[-500:]} {done.stderr[-500:]}")
+    return done.returncode == 0, done.stdout
+
+
+# -- mutants out of the syntax tree
+
+
+def walk(node: Any, parents: tuple[dict[str, Any], ...] = ()) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+    if isinstance(node, dict):
+        if "nodeType" in node:
+            yield node, parents
+            parents = (*parents, node)
+        for value in node.values():
+            yield from walk(value, parents)
+    elif isinstance(node, list):
+        for value in node:
+            yield from walk(value, parents)
+
+
+def find_mutants() -> list[Mutant]:
+    """Every mutant of every source but the interface, in the order of the sources."""
+    sources = read_sources()
+    answer = compile_sources(sources, output=("abi",), ast=True)
+    found: dict[tuple[str, int, int, str], Mutant] = {}
+    for file, entry in answer["sources"].items():
+        if file == "ISwarm.sol":
+            continue
+        data = sources[file].encode()
+        for node, parents in walk(entry["ast"]):
+            for start, end, new in mutate(node, parents, data):
+                old = data[start:end].decode()
+                if new == old:
+                    continue
+                line = data[:start].count(b"\n") + 1
+                text = f"`{shorten(old)}` → `{shorten(new)}`"
+                found.setdefault((file, start, end, new), Mutant(file, start, end, new, line, text))
+    return [found[key] for key in sorted(found)]
+
+
+def shorten(text: str) -> str:
+    return " ".join(text.split())[:70]
+
+
+def mutate(node: dict[str, Any], parents: tuple[Any, ...], data: bytes) -> Iterator[tuple[int, int, str]]:
+    """Replacements for one node, as (start, end, new text)."""
+    start, length, _ = (int(part) for part in node["src"].split(":"))
+    end = start + length
+    inside = any(parent["nodeType"] in ("FunctionDefinition", "VariableDeclaration") for parent in parents)
+    operators: dict[str, Callable[[], Iterator[tuple[int, int, str]]]] = {
+        "BinaryOperation": lambda: swap(node, data, SWAPS),
+        "Assignment": lambda: swap(node, data, ASSIGNMENTS),
+        "UnaryOperation": lambda: iter([(start, start + 1, "")] if node["operator"] in "!~" else []),
+        "Literal": lambda: change_number(node, start, end),
+        "IfStatement": lambda: change_condition(node),
+        "Conditional": lambda: iter([(start, end, source_of(node["trueExpression"], data)),
+                                     (start, end, source_of(node["falseExpression"], data))]),
+        "ExpressionStatement": lambda: iter([(start, end + 1, "{}")]),
+        "EmitStatement": lambda: iter([(start, end + 1, "{}")]),
+        "RevertStatement": lambda: iter([(start, end + 1, "{}")]),
+        "Return": lambda: iter([(start, end + 1, "{}")] if node.get("expression") else []),
+    }
+    if inside and node["nodeType"] in operators:
+        yield from operators[node["nodeType"]]()
+
+
+def span(node: dict[str, Any]) -> tuple[int, int]:
+    start, length, _ = (int(part) for part in node["src"].split(":"))
+    return start, start + length
+
+
+def source_of(node: dict[str, Any], data: bytes) -> str:
+    start, end = span(node)
+    return data[start:end].decode()
+
+
+def swap(node: dict[str, Any], data: bytes, table: Mapping[str, list[str]]) -> Iterator[tuple[int, int, str]]:
+    left = node.get("leftExpression") or node["leftHandSide"]
+    right = node.get("rightExpression") or node["rightHandSide"]
+    _, between = span(left)
+    until, _ = span(right)
+    at = data.find(node["operator"].encode(), between, until)
+    for new in table.get(node["operator"], []) if at >= 0 else []:
+        yield at, at + len(node["operator"]), new
+
+
+def change_number(node: dict[str, Any], start: int, end: int) -> Iterator[tuple[int, int, str]]:
+    if node["kind"] == "bool":
+        yield start, end, "false" if node["value"] == "true" else "true"
+    if node["kind"] != "number" or not node["value"].replace("_", "").isdigit() or node.get("subdenomination"):
+        return
+    value = int(node["value"].replace("_", ""))
+    yield start, end, str(value + 1)
+    if value > 0:
+        yield start, end, str(value - 1)
+
+
+def change_condition(node: dict[str, Any]) -> Iterator[tuple[int, int, str]]:
+    start, end = span(node["condition"])
+    yield start, end, "true"
+    yield start, end, "false"
+
+
+# -- judging them
+
+
+def judge(mutant: Mutant, original: str) -> str:
+    """`killed`, `survived`, `equal` (compiles to the same bytes) or `invalid` (does not compile)."""
+    sources = dict(read_sources())
+    data = sources[mutant.file].encode()
+    sources[mutant.file] = (data[: mutant.start] + mutant.new.encode() + data[mutant.end:]).decode()
+    code = compile_creation_code(sources)
+    if code is None:
+        return "invalid"
+    if code == original:
+        return "equal"
+    for selection in ("--no-match-contract", "--match-contract"):
+        passed, _ = run_forge(code, selection, "InvariantsTest")
+        if not passed:
+            return "killed"
+    return "survived"
+
+
+# Survivors that no test can tell from the contract, by file and text, with the reason.
+SURVIVORS: dict[str, str] = {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", type=int, default=0, help="every so many-th mutant only")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write docs/mutants.md")
+    options = parser.parse_args()
+    original = compile_creation_code(read_sources())
+    assert original is not None
+    passed, output = run_forge(original)
+    if not passed:
+        sys.exit(f"the tests fail without any mutant:\n{output[-2000:]}")
+    mutants = find_mutants()[:: max(options.only, 1)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = list(pool.map(lambda mutant: judge(mutant, original), mutants))
+    counts = {kind: verdicts.count(kind) for kind in ("killed", "survived", "equal", "invalid")}
+    survivors = [mutant for mutant, verdict in zip(mutants, verdicts, strict=True) if verdict == "survived"]
+    if options.json:
+        print(json.dumps({**counts, "survivors": [m.name for m in survivors]}, indent=1, ensure_ascii=False))
+        return 0
+    print(counts)
+    for mutant in survivors:
+        print(mutant.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
