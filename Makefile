@@ -1,11 +1,12 @@
-# demo · test · check · bench · docs: each sets up what it needs, and is quiet when there is nothing to do.
+# demo · test · check · check-deep · mutants · bench · docs: each sets up what it needs, and is quiet when there is nothing to do.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PROOFS := .venv-proofs
 FORGE = $(firstword $(wildcard node_modules/@foundry-rs/forge-*/bin/forge) forge)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench docs setup compile clean
+.PHONY: demo test check check-deep mutants bench docs setup compile snapshot clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -22,6 +23,15 @@ check: setup
 	$(BIN)/python deploy/compile.py --check
 	$(BIN)/python docs/generate_cli.py --check
 
+# what takes too long for every change: see docs/verification.md for what and how long
+check-deep: setup $(PROOFS)/.done
+	FOUNDRY_PROFILE=deep $(FORGE) test
+	SWARMCHAIN_ORACLE_EXAMPLES=100 SWARMCHAIN_ORACLE_STEPS=80 $(BIN)/python -m pytest tests/test_oracle.py
+	$(BIN)/python tests/proofs.py $(PROOFS)/bin
+
+mutants: setup
+	$(BIN)/python tests/mutation.py --write
+
 bench: setup
 	@for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -30,6 +40,9 @@ docs: setup
 
 compile: setup
 	$(BIN)/python deploy/compile.py
+
+snapshot: setup
+	$(BIN)/python tests/snapshot.py
 
 setup: $(VENV)/.done node_modules/.done
 
@@ -43,6 +56,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# apart from the package: these tools pin other versions of what it stands on
+$(PROOFS)/.done: Makefile
+	@echo "setting up slither and halmos"
+	@$(PYTHON) -m venv $(PROOFS)
+	@$(PROOFS)/bin/python -m pip install --quiet --disable-pip-version-check slither-analyzer==0.11.6 halmos==0.3.3
+	@touch $@
+
 node_modules/.done: package.json package-lock.json
 	@command -v npm >/dev/null || { echo "Error: Node.js 20 or later, with npm, is needed" >&2; exit 1; }
 	@echo "setting up npm packages"
@@ -50,4 +70,4 @@ node_modules/.done: package.json package-lock.json
 	@touch $@
 
 clean:
-	rm -rf $(VENV) node_modules build out cache demo-report
+	rm -rf $(VENV) $(PROOFS) node_modules build out cache demo-report

@@ -77,13 +77,13 @@ def start_run(rpc_url: str, sites: int) -> tuple[SwarmContract, list[Signer], in
 
 
 def measure(sites: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Rows for the first, the second, and the `rounds` rounds after them."""
+    """Rows for the first, the second, and ("") the `rounds` rounds after them, or the second again if none are."""
     with start_devchain("anvil") as chain:
         contract, signers, run, deployed = start_run(chain.rpc_url, sites)
         found = [Round(contract, signers, run, n) for n in range(1, rounds + 3)]
     runtime = {"runtime_bytes": len(load_artifact()["runtime"]) // 2, "deploy": deployed}
-    return {"first round": summarize(found[:1], sites), "second round": summarize(found[1:2], sites),
-            "": {**summarize(found[2:], sites), **runtime}}
+    rows = {"first round": summarize(found[:1], sites), "second round": summarize(found[1:2], sites)}
+    return {**rows, "": {**(summarize(found[2:], sites) if rounds else rows["second round"]), **runtime}}
 
 
 def measure_history(sites: int, at_round: int) -> dict[str, Any]:
@@ -97,32 +97,37 @@ def measure_history(sites: int, at_round: int) -> dict[str, Any]:
 
 
 def play_rounds(contract: SwarmContract, signers: list[Signer], run: int, rounds: int) -> None:
-    """Finalize round after round, without asking what became of each transaction."""
+    """Finalize round after round, waiting once for all transactions of a phase."""
     web3 = contract.node.web3
     nonces = {signer.address: web3.eth.get_transaction_count(signer.address) for signer in signers}  # type: ignore[arg-type]
 
-    def send(signer: Signer, name: str, *arguments: Any) -> None:
+    def send(signer: Signer, name: str, *arguments: Any) -> Any:
         data = contract._contract.encode_abi(name, args=list(arguments))
         raw = signer.sign_transaction({
             "to": contract.address, "data": data, "chainId": contract.chain_id, "gas": 300_000, "gasPrice": 0,
             "value": 0, "nonce": nonces[signer.address]})
         nonces[signer.address] += 1
-        web3.eth.send_raw_transaction(raw)
+        return web3.eth.send_raw_transaction(raw)
+
+    def wait(transactions: list[Any]) -> None:
+        for transaction in transactions:
+            if web3.eth.wait_for_transaction_receipt(transaction, poll_latency=0.005)["status"] != 1:
+                sys.exit("a transaction of an earlier round failed")
 
     for round_id in range(1, rounds + 1):
         word = round_id.to_bytes(32, "big")
-        send(signers[0], "openRound", run)
-        for signer in signers:
-            send(signer, "commit", run, round_id, word)
-        for signer in signers[: len(signers) // 2 + 1]:
-            send(signer, "vote", run, round_id, word, word, True, 1)
+        wait([send(signers[0], "openRound", run)])
+        wait([send(signer, "commit", run, round_id, word) for signer in signers])
+        wait([send(s, "vote", run, round_id, word, word, True, 1) for s in signers[: len(signers) // 2 + 1]])
 
 
 def format_table(found: dict[str, dict[str, Any]]) -> str:
     lines = ["| sites | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     lines += [f"| {name} | " + " | ".join(f"{row[column]:,.0f}" for column in COLUMNS) + " |"
               for name, row in found.items()]
-    return "\n".join(lines) + "\n"
+    deployed = ", ".join(f"{row['deploy']:,} with {name}" for name, row in found.items() if "deploy" in row)
+    size = next(row["runtime_bytes"] for row in found.values() if "deploy" in row)
+    return "\n".join(lines) + f"\n\nDeployment: {deployed} sites. Code at run time: {size:,} bytes.\n"
 
 
 def main() -> None:
@@ -146,6 +151,10 @@ def main() -> None:
         return
     table = format_table(found)
     print(table)
+    if options.write:
+        page = ROOT / "docs" / "gas.md"
+        before, _, rest = page.read_text().partition(MARKS[0])
+        page.write_text(before + MARKS[0] + table + MARKS[1] + rest.partition(MARKS[1])[2])
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_attack_succeeds_on_a_contract_with_the_hole(attack: str) -> None:
     assert read_attacks()[attack], "no mutant stands beside this attack"
     code = compile_mutants()[attack]
     assert code is not None, "the mutant does not compile"
-    passed, output = mutation.run_forge(code, "--match-test", f"^{attack}$")
+    passed, output = mutation.run_forge(code, "--match-test", rf"^{attack}\(")
     assert not passed, output
     assert "1 failed" in output
 

@@ -10,7 +10,14 @@ import pytest
 from conftest import World, make_signers, make_world
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from replay import CALLS, CONSEQUENCES, list_consequences, rebuild
 
 from swarmchain.chain import encode_name
@@ -19,7 +26,7 @@ from swarmchain.errors import ContractError
 from swarmchain.protocol import Change, Terms
 from swarmchain.rules import Replica, Vote
 
-EXAMPLES = int(os.environ.get("SWARMCHAIN_ORACLE_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("SWARMCHAIN_ORACLE_EXAMPLES", "8"))
 STEPS = int(os.environ.get("SWARMCHAIN_ORACLE_STEPS", "60"))
 SITES = 5
 KEYS = make_signers(12)  # the founders' first, then fresh ones and outsiders
@@ -192,8 +199,9 @@ class Machine(RuleBasedStateMachine):
         assert {site.site for site in sites if site.active} == self.replica.active
         assert self.contract.get_successor().lower() == self.replica.successor.lower()
         for found, expected in zip(self.contract.get_proposals(), self.replica.proposals, strict=True):
-            assert (found.kind, found.subject.lower(), found.data, found.deadline, found.executed, found.approvals) == (
-                expected.kind, expected.subject, expected.data, expected.deadline, expected.executed, expected.approvals)
+            assert (found.kind, found.subject.lower(), found.data) == (expected.kind, expected.subject, expected.data)
+            assert (found.deadline, found.executed) == (expected.deadline, expected.executed)
+            assert found.approvals == expected.approvals
 
     def teardown(self) -> None:
         """The events say it all: whoever has nothing else arrives at the same state."""
