@@ -14,8 +14,7 @@ abstract contract Rounds is Runs {
     // ------------------------------------------------------------------ open
 
     function openRound(uint256 run) external returns (uint256 round) {
-        (Run storage r, uint256 site) = _joinedRun(run);
-        State s = r.state;
+        (Run storage r, State s, uint256 site) = _joinedRun(run);
         (Phase phase, Outcome outcome) = s.phase(block.timestamp);
         if (phase == Phase.Commit || phase == Phase.Vote) revert WrongPhase(phase, Phase.Closed);
         uint256 active = activeSites;
@@ -152,8 +151,7 @@ abstract contract Rounds is Runs {
 
     function _newest(uint256 run, uint256 round) private view returns (Run storage r, State s, uint256 site) {
         site = siteOf(msg.sender);
-        r = _run(run);
-        s = r.state;
+        (r, s) = _run(run);
         if (round == 0 || round != s.get(ROUND)) revert WrongRound(round, s.get(ROUND));
     }
 
@@ -167,23 +165,20 @@ abstract contract Rounds is Runs {
     // ------------------------------------------------------------------ views
 
     function phaseAt(uint256 run, uint256 round, uint256 timestamp) external view returns (Phase, Outcome) {
-        Run storage r = _run(run);
-        State s = r.state;
+        (Run storage r, State s) = _run(run);
         if (round == s.get(ROUND)) return s.phase(timestamp);
         if (round == 0 || round > s.get(ROUND)) return (Phase.None, Outcome.Pending);
         return (Phase.Closed, Outcome((r.outcomes[round >> 7] >> ((round & 127) << 1)) & 3));
     }
 
     function acceptingOf(uint256 run, bytes32 checkpoint, bytes32 manifest) external view returns (uint256) {
-        Run storage r = _run(run);
-        State s = r.state;
+        (Run storage r, State s) = _run(run);
         bytes32 ballot = _ballot(s.get(ROUND), checkpoint, manifest);
         return s.has(VOTED) && r.front == ballot ? r.accepting & r.members : r.cast[ballot];
     }
 
     function viewRun(uint256 run, uint256 timestamp) external view returns (RunView memory v) {
-        Run storage r = _run(run);
-        State s = r.state;
+        (Run storage r, State s) = _run(run);
         v.terms = Terms(
             uint32(s.get(COMMIT_WINDOW)), uint32(s.get(VOTE_WINDOW)), uint16(s.get(SITES_MIN)), uint16(s.get(QUORUM_BPS))
         );

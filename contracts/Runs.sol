@@ -62,7 +62,7 @@ abstract contract Runs is Membership {
 
     function joinRun(uint256 run) external {
         uint256 site = _activeSite();
-        Run storage r = _run(run);
+        (Run storage r,) = _run(run);
         if (r.joined.has(site)) revert AlreadyJoined(run, site);
         _setJoined(r, r.joined | Bits.bit(site));
         _announce(r, site);
@@ -71,13 +71,13 @@ abstract contract Runs is Membership {
     }
 
     function leaveRun(uint256 run) external {
-        (Run storage r, uint256 site) = _joinedRun(run);
+        (Run storage r,, uint256 site) = _joinedRun(run);
         _setJoined(r, r.joined & ~Bits.bit(site));
         emit RunLeft(run, site);
     }
 
     function announce(uint256 run) external {
-        (Run storage r, uint256 site) = _joinedRun(run);
+        (Run storage r,, uint256 site) = _joinedRun(run);
         _announce(r, site);
         emit Announced(run, site);
     }
@@ -102,14 +102,15 @@ abstract contract Runs is Membership {
         r.joined = joined;
     }
 
-    function _run(uint256 run) internal view returns (Run storage r) {
+    function _run(uint256 run) internal view returns (Run storage r, State s) {
         r = _runs[run];
-        if (r.state.get(SITES_MIN) == 0) revert UnknownRun(run, runCount);
+        s = r.state;
+        if (s.get(SITES_MIN) == 0) revert UnknownRun(run, runCount);
     }
 
-    function _joinedRun(uint256 run) internal view returns (Run storage r, uint256 site) {
+    function _joinedRun(uint256 run) internal view returns (Run storage r, State s, uint256 site) {
         site = siteOf(msg.sender);
-        r = _run(run);
+        (r, s) = _run(run);
         if (!r.joined.has(site)) revert NotJoined(run, site);
     }
 
