@@ -30,7 +30,7 @@ check-deep: setup $(PROOFS)/.done
 	$(BIN)/python tests/proofs.py $(PROOFS)/bin
 
 mutants: setup
-	$(BIN)/python tests/mutation.py --write
+	$(BIN)/python tests/mutation.py --every 3 --write
 
 bench: setup
 	@for script in bench/*.py; do $(BIN)/python $$script || exit 1; done

@@ -3,10 +3,10 @@
     python bench/gas.py [--sites 4 10 64 256] [--rounds 4] [--at-round 1000] [--json] [--write]
 
 A round is one `openRound`, a `commit` and an accepting `vote` of every site; the votes after the decision are counted
-too. `commit_first` and `vote_first` are the first of a round, `vote_final` is the one that decides, `commit` and `vote`
-are the median of all others, `per_site_round` is everything divided by the sites. The first two rounds of a run, which
-fill slots for the first time, are left out and stand in rows of their own. `--at-round` puts one row at the end of a
-long history. `--write` puts the table into docs/gas.md.
+too. `commit_first` and `vote_first` are the first of a round; `commit_last` is the one that ends the Commit phase, or
+makes the commitments enough; `vote_final` is the one that decides; `commit` and `vote` are the median of all others;
+`per_site_round` is everything divided by the sites. The first two rounds of a run stand in rows of their own.
+`--at-round` adds a row at the end of a long history. `--write` puts the table into docs/gas.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from swarmchain.node import Node, load_artifact
 from swarmchain.protocol import Terms
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("open", "commit_first", "commit", "vote_first", "vote", "vote_final", "per_site_round")
+COLUMNS = ("open", "commit_first", "commit", "commit_last", "vote_first", "vote", "vote_final", "per_site_round")
 MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
 
 
@@ -47,10 +47,12 @@ def summarize(rounds: list[Round], sites: int) -> dict[str, Any]:
     final = sites // 2  # index of the vote that completes the majority
     median = statistics.median
     others = [gas for r in rounds for i, gas in enumerate(r.votes) if i not in (0, final)]
+    moving = {1, sites - 1}  # these commitments move the state: enough of them, all of them
     return {
         "open": median(r.open for r in rounds),
         "commit_first": median(r.commits[0] for r in rounds),
-        "commit": median(gas for r in rounds for gas in r.commits[1:]),
+        "commit": median(gas for r in rounds for i, gas in enumerate(r.commits) if i not in {0, *moving}),
+        "commit_last": median(gas for r in rounds for i, gas in enumerate(r.commits) if i in moving),
         "vote_first": median(r.votes[0] for r in rounds),
         "vote": median(others), "vote_final": median(r.votes[final] for r in rounds),
         "per_site_round": round(median((r.open + sum(r.commits) + sum(r.votes)) / sites for r in rounds)),

@@ -4,6 +4,12 @@ pragma solidity 0.8.30;
 import {ISwarm} from "../ISwarm.sol";
 import {Swarm} from "../Swarm.sol";
 
+struct Log {
+    bytes32[] topics;
+    bytes data;
+    address emitter;
+}
+
 /// @dev The cheat codes that these tests use.
 interface Vm {
     function prank(address sender) external;
@@ -12,6 +18,8 @@ interface Vm {
     function expectRevert(bytes calldata data) external;
     function expectEmit(bool topic1, bool topic2, bool topic3, bool data, address emitter) external;
     function cool(address target) external;
+    function recordLogs() external;
+    function getRecordedLogs() external returns (Log[] memory);
     function envOr(string calldata name, bytes calldata fallback_) external returns (bytes memory);
 }
 

@@ -309,6 +309,25 @@ contract RoundsTest is Base {
         assertEq(view_().rejecting | view_().voted, 0, "a new round, new votes");
     }
 
+    /// @dev A round is said to have expired when it has, and not when it was rejected or finalized.
+    function test_opening_says_expired_of_expired_rounds_only() public {
+        open(0);
+        commitAll(1);
+        vote(0, 1, C1, false);
+        vote(1, 1, C1, false);
+        assertEq(countLogsOfOpening(), 1, "after a rejected round");
+        finalize(2, C1);
+        assertEq(countLogsOfOpening(), 1, "after a finalized round");
+        pass(100);
+        assertEq(countLogsOfOpening(), 2, "after an expired round");
+    }
+
+    function countLogsOfOpening() internal returns (uint256) {
+        vm.recordLogs();
+        open(0);
+        return vm.getRecordedLogs().length;
+    }
+
     function test_failures_and_rejections_count_until_a_round_is_finalized() public {
         open(0);
         for (uint256 n = 1; n <= 4; ++n) {

@@ -278,7 +278,9 @@ contract RunsTest is Base {
         voteWindow = uint32(voteWindow % WINDOW_MAX + 1);
         sitesMin = sitesMin % 4 + 1;
         quorumBps = quorumBps % 10_001;
-        run = proposeRun(commitWindow, voteWindow, sitesMin, quorumBps);
+        vm.prank(key(3));
+        run = swarm.proposeRun(SPEC, ISwarm.Terms(commitWindow, voteWindow, sitesMin, quorumBps));
+        assertEq(view_().round, 0, "no round yet");
         for (uint256 i = 0; i < SITES; ++i) join(i);
         open(2);
         commitAll(1);
@@ -293,6 +295,7 @@ contract RunsTest is Base {
         assertEq(v.terms.quorumBps, quorumBps, "quorumBps");
         assertEq(v.commitDeadline, block.timestamp + commitWindow, "commit deadline");
         assertEq(v.voteDeadline, block.timestamp + commitWindow + voteWindow, "vote deadline");
+        assertEq(v.proposer, 3, "proposer");
         assertEq(v.round, 2, "round");
         assertEq(v.finalizedRound, 1, "finalized");
     }
