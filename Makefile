@@ -26,7 +26,7 @@ check: setup
 # what takes too long for every change: see docs/verification.md for what and how long
 check-deep: setup $(PROOFS)/.done
 	FOUNDRY_PROFILE=deep $(FORGE) test
-	SWARMCHAIN_ORACLE_EXAMPLES=50 SWARMCHAIN_ORACLE_STEPS=80 $(BIN)/python -m pytest tests/test_oracle.py
+	SWARMCHAIN_ORACLE_EXAMPLES=24 SWARMCHAIN_ORACLE_STEPS=60 $(BIN)/python -m pytest tests/test_oracle.py
 	$(BIN)/python tests/proofs.py $(PROOFS)/bin
 
 mutants: setup
