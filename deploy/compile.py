@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ SETTINGS = {
     "viaIR": True,
     "optimizer": {"enabled": True, "runs": 200},
     "metadata": {"bytecodeHash": "none", "appendCBOR": False},
-    "outputSelection": {"Swarm.sol": {"Swarm": ["abi", "evm.bytecode.object", "evm.deployedBytecode.object"]}},
 }
 
 
@@ -35,12 +35,26 @@ def find_solc(*, download: bool) -> Path:
     return Path(solcx.install.get_executable(SOLC_VERSION))
 
 
+def read_sources() -> dict[str, str]:
+    """The contract's sources by file name, without its tests."""
+    return {path.name: path.read_text() for path in sorted((ROOT / "contracts").glob("*.sol"))}
+
+
+def compile_sources(solc: Path, sources: Mapping[str, str], *, output: Sequence[str], ast: bool = False
+                    ) -> dict[str, Any]:
+    """The compiler's answer: `output` of the contract, and with `ast` the syntax trees. Raises solcx's `SolcError`."""
+    selection: dict[str, Any] = {"Swarm.sol": {"Swarm": list(output)}, **({"*": {"": ["ast"]}} if ast else {})}
+    answer: dict[str, Any] = solcx.compile_standard({
+        "language": "Solidity", "sources": {name: {"content": text} for name, text in sources.items()},
+        "settings": {**SETTINGS, "outputSelection": selection},
+    }, solc_binary=solc)
+    return answer
+
+
 def compile_contract(solc: Path) -> dict[str, Any]:
     """ABI, creation bytecode and runtime bytecode (hex without 0x) of Swarm.sol."""
-    sources = {path.name: {"content": path.read_text()} for path in sorted((ROOT / "contracts").glob("*.sol"))}
-    standard_json = {"language": "Solidity", "sources": sources, "settings": SETTINGS}
-    output = solcx.compile_standard(standard_json, solc_binary=solc)
-    contract = output["contracts"]["Swarm.sol"]["Swarm"]
+    answer = compile_sources(solc, read_sources(), output=("abi", "evm.bytecode.object", "evm.deployedBytecode.object"))
+    contract = answer["contracts"]["Swarm.sol"]["Swarm"]
     return {
         "abi": contract["abi"],
         "bytecode": contract["evm"]["bytecode"]["object"],

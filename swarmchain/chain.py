@@ -20,7 +20,7 @@ from swarmchain.keys import Signer
 from swarmchain.node import Node, load_artifact
 from swarmchain.protocol import Change, Outcome, Phase, RoundKey, RunView, Terms, mask_to_sites
 
-# Above what a call can need (the snapshot of gas in the contract's tests), below any block's limit.
+# Above what a call can need (contracts/snapshot.json), below any block's limit.
 GAS_MAX = {"propose": 400_000, "approve": 300_000, "setSealKey": 100_000, "proposeRun": 400_000, "joinRun": 250_000,
            "leaveRun": 150_000, "announce": 150_000, "openRound": 200_000, "commit": 150_000, "vote": 250_000}
 DEPLOY_GAS_BASE, DEPLOY_GAS_PER_SITE = 3_200_000, 90_000
@@ -267,7 +267,7 @@ def encode_name(name: str) -> bytes:
 def _to_view(run: int, raw: Any, now: int) -> RunView:
     names = [c["name"] for entry in load_artifact()["abi"] if entry.get("name") == "viewRun"
              for c in entry["outputs"][0]["components"]]
-    v = dict(raw) if isinstance(raw, dict) else dict(zip(names, raw, strict=True))
+    v = dict(zip(names, _fields(raw), strict=True))
     sites = {k: mask_to_sites(v[k]) for k in ("joined", "members", "expected", "committed", "voted", "rejecting")}
     return RunView(
         run=run, spec=v["spec"].hex(), terms=Terms(*_fields(v["terms"])), proposer=v["proposer"],

@@ -25,8 +25,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-CONTRACTS = ROOT / "contracts"
+from solcx.exceptions import SolcError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "deploy"))
+import compile as contract_compiler
+
+ROOT = contract_compiler.ROOT
 SWAPS = {
     "==": ["!="], "!=": ["=="], "<": ["<=", ">="], "<=": ["<", ">"], ">": [">=", "<="], ">=": [">", "<"],
     "+": ["-"], "-": ["+"], "*": ["/"], "/": ["*"], "&": ["|"], "|": ["&"], "<<": [">>"], ">>": ["<<"],
@@ -52,33 +56,20 @@ class Mutant:
         return f"{self.file}:{self.line} {self.text}"
 
 
-@cache
-def read_sources() -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(CONTRACTS.glob("*.sol"))}
+read_sources = cache(contract_compiler.read_sources)
 
 
 def compile_sources(sources: Mapping[str, str], *, output: tuple[str, ...], ast: bool = False) -> dict[str, Any]:
-    """The compiler's standard JSON answer, with the package's settings."""
-    sys.path.insert(0, str(ROOT / "deploy"))
-    from compile import SETTINGS, find_solc  # type: ignore[import-not-found]
-
-    selection: dict[str, Any] = {"Swarm.sol": {"Swarm": list(output)}}
-    if ast:
-        selection["*"] = {"": ["ast"]}
-    request = {
-        "language": "Solidity", "sources": {name: {"content": text} for name, text in sources.items()},
-        "settings": {**SETTINGS, "outputSelection": selection},
-    }
-    done = subprocess.run([str(find_solc(download=False)), "--standard-json"], input=json.dumps(request),
-                          capture_output=True, text=True, check=True)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    """The compiler's answer, with the package's settings. Raises `SolcError` where the sources do not compile."""
+    solc = contract_compiler.find_solc(download=False)
+    return contract_compiler.compile_sources(solc, sources, output=output, ast=ast)  # type: ignore[no-any-return]
 
 
 def compile_creation_code(sources: Mapping[str, str]) -> str | None:
     """Creation bytecode as hex, None where the sources do not compile."""
-    answer = compile_sources(sources, output=("evm.bytecode.object",))
-    if any(error["severity"] == "error" for error in answer.get("errors", [])):
+    try:
+        answer = compile_sources(sources, output=("evm.bytecode.object",))
+    except SolcError:
         return None
     code: str = answer["contracts"]["Swarm.sol"]["Swarm"]["evm"]["bytecode"]["object"]
     return code
@@ -284,21 +275,21 @@ def summarize(mutants: list[Mutant], verdicts: list[str], *, made: int, every: i
                  for m, verdict in zip(mutants, verdicts, strict=True) if verdict == "survived"]
     gaps = sum(not item["judged"] for item in survivors)
     tried = counts["killed"] + counts["survived"]
-    return {**counts, "made": made, "every": every, "raw_percent": round(100 * counts["killed"] / tried, 1),
+    return {**counts, "made": made, "every": every, "tried": tried,
+            "raw_percent": round(100 * counts["killed"] / tried, 1),
             "score_percent": round(100 * counts["killed"] / (counts["killed"] + gaps), 1), "survivors": survivors}
 
 
 def format_page(score: dict[str, Any]) -> str:
     rows = "".join(f"| {item['mutant'].replace('|', chr(92) + '|')} | {item['judged'] or 'a gap'} |\n"
                    for item in score["survivors"])
-    tried = score["killed"] + score["survived"]
     return f"""# Mutants of the contract
 
 Written by `make mutants`. The syntax tree of the sources gives {score["made"]} single changes (operators,
 constants, conditions, statements); one in {score["every"]} was tried. Of those, {score["invalid"]} do not compile, and
-as many as {score["equal"]} compile to the same bytes. Of the other {tried}, the forge tests kill {score["killed"]}:
-{score["raw_percent"]} %. Without the survivors below that nothing could tell from the contract, the score is
-**{score["score_percent"]} %**.
+as many as {score["equal"]} compile to the same bytes. Of the other {score["tried"]}, the forge tests kill
+{score["killed"]}: {score["raw_percent"]} %. Without the survivors below that
+nothing could tell from the contract, the score is **{score["score_percent"]} %**.
 
 | survivor | judged |
 |---|---|

@@ -20,7 +20,7 @@ import mutation
 VERIFICATION = mutation.ROOT / "docs" / "verification.md"
 
 
-def run(command: list[str], **options: object) -> str:
+def run(command: list[str]) -> str:
     path = f"{Path(mutation.find_forge()).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(command, cwd=mutation.copy_project(), env={**os.environ, "PATH": path}, capture_output=True,
                           text=True, check=False)

@@ -7,7 +7,7 @@ a reader sees it in the diff.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,20 @@ def measure_rounds(world: World) -> dict[str, int]:
     for round_id, name in ((1, " (round 1)"), (2, ""), (3, "")):
         found["openRound" + name] = contract.open_round(signers[0], run)
         commits = [contract.commit(s, run, round_id, f"{round_id:064x}") for s in signers]
-        votes: Callable[[int, str, bool], int] = lambda i, checkpoint, accept, n=round_id: contract.vote(  # type: ignore[misc] # noqa: E731
-            signers[i], (run, n), checkpoint, M1, accept=accept, score_bps=9000)
+        vote = partial(cast, world, (run, round_id))
         if round_id == 3:
-            found |= {"vote (rejecting, first)": votes(0, C1, False), "vote (moved)": votes(0, C1, True),
-                      "vote (moved again)": votes(0, C2, True), "vote (another ballot)": votes(1, C2, True)}
-            found |= {"vote (rejecting)": votes(2, C1, False), "vote (rejecting, decides)": votes(3, C1, False)}
+            found |= {"vote (rejecting, first)": vote(0, C1, False), "vote (moved)": vote(0, C1, True),
+                      "vote (moved again)": vote(0, C2, True), "vote (another ballot)": vote(1, C2, True)}
+            found |= {"vote (rejecting)": vote(2, C1, False), "vote (rejecting, decides)": vote(3, C1, False)}
             continue
         found |= {f"commit (first){name}": commits[0], f"commit{name}": commits[2], f"commit (last){name}": commits[3]}
-        found |= {f"vote (first){name}": votes(0, C1, True), f"vote{name}": votes(1, C1, True),
-                  f"vote (decides){name}": votes(2, C1, True), f"vote (late){name}": votes(3, C1, True)}
+        found |= {f"vote (first){name}": vote(0, C1, True), f"vote{name}": vote(1, C1, True),
+                  f"vote (decides){name}": vote(2, C1, True), f"vote (late){name}": vote(3, C1, True)}
     return found
+
+
+def cast(world: World, key: tuple[int, int], site: int, checkpoint: str, accept: bool) -> int:
+    return world.contract.vote(world.signers[site], key, checkpoint, M1, accept=accept, score_bps=9000)
 
 
 def read_layout() -> list[str]:

@@ -159,14 +159,7 @@ contract AttacksTest is Base {
 
     /// mutant Rounds.sol: `if (s.outcome() == Outcome.Pending) {` => `{`
     function test_attack_decision_overturned() public {
-        open(0);
-        commitAll(1);
-        vote(0, 1, C1, false);
-        vote(1, 1, C1, false);
-        vote(2, 1, C1, true);
-        vote(3, 1, C1, true);
-        run = proposeRun(100, 50, 2, 0);
-        for (uint256 i = 0; i < 3; ++i) join(i);
+        startRun(100, 50, 2, 0, 3);
         open(0);
         for (uint256 i = 0; i < 3; ++i) commit(i, 1);
         vote(0, 1, C1, true);
@@ -309,8 +302,7 @@ contract AttacksTest is Base {
 
     /// mutant Membership.sol: `if (active == 1 || _runsNeeding[active] != 0)` => `if (active == 1)`
     function test_attack_removal_that_strands_a_run() public {
-        run = proposeRun(100, 50, 4, 0);
-        for (uint256 i = 0; i < SITES; ++i) join(i);
+        startRun(100, 50, 4, 0, SITES);
         (bool done,) = attempt(key(0), abi.encodeCall(ISwarm.propose, (ISwarm.Change.Remove, key(3), 0)));
         assertTrue(!done, "the run needs them all");
     }

@@ -71,8 +71,13 @@ abstract contract Base {
     function found(uint256 sites) internal {
         vm.warp(START);
         swarm = deploySwarm(makeFounders(sites));
-        run = proposeRun(100, 50, 2, 0);
-        for (uint256 i = 0; i < sites; ++i) join(i);
+        startRun(100, 50, 2, 0, sites);
+    }
+
+    /// @dev From now on `run` is a new one, which the first `joined` sites have joined.
+    function startRun(uint32 commitWindow, uint32 voteWindow, uint16 sitesMin, uint16 quorumBps, uint256 joined) internal {
+        run = proposeRun(commitWindow, voteWindow, sitesMin, quorumBps);
+        for (uint256 i = 0; i < joined; ++i) join(i);
     }
 
     // ------------------------------------------------------------------ calls
@@ -212,5 +217,12 @@ abstract contract Base {
     function attempt(address caller, bytes memory data) internal returns (bool done, bytes memory answer) {
         vm.prank(caller);
         (done, answer) = address(swarm).call(data);
+    }
+
+    /// @dev The call is refused with exactly this error.
+    function refuse(address caller, bytes memory data, bytes memory reason) internal {
+        (bool done, bytes memory answer) = attempt(caller, data);
+        assertTrue(!done, "refused");
+        assertEq(keccak256(answer), keccak256(reason), "by name and words");
     }
 }

@@ -294,8 +294,7 @@ contract MembershipTest is Base {
     }
 
     function test_invalid_removal_below_what_a_run_needs() public {
-        run = proposeRun(100, 50, 4, 0);
-        for (uint256 i = 0; i < 3; ++i) join(i);
+        startRun(100, 50, 4, 0, 3);
         propose(0, ISwarm.Change.Remove, key(3), 0); // fine: three of four have joined, the run cannot go on anyway
         join(3);
         expect(ISwarm.SitesNeeded.selector, 3, 4);
@@ -314,8 +313,7 @@ contract MembershipTest is Base {
     }
 
     function test_removal_minds_every_run() public {
-        run = proposeRun(100, 50, 3, 0);
-        for (uint256 i = 0; i < 4; ++i) join(i);
+        startRun(100, 50, 3, 0, 4);
         remove(3);
         expect(ISwarm.SitesNeeded.selector, 2, 3);
         propose(0, ISwarm.Change.Remove, key(2), 0);
@@ -336,9 +334,7 @@ contract MembershipTest is Base {
 
     /// @dev A run that more have joined than it needs, and one that lost a removed site, count for what they are.
     function test_removed_sites_do_not_keep_a_run_up() public {
-        run = proposeRun(100, 50, 3, 0);
-        join(0);
-        join(1);
+        startRun(100, 50, 3, 0, 2);
         remove(1);
         join(2); // the removed one makes way here: two have joined, not three
         propose(0, ISwarm.Change.Remove, key(3), 0);

@@ -5,12 +5,6 @@ import {ISwarm} from "../ISwarm.sol";
 import {Base, deploySwarm, makeFounders, vm} from "./Base.t.sol";
 
 contract RoundsTest is Base {
-    function refuse(address caller, bytes memory data, bytes memory reason) internal {
-        (bool done, bytes memory answer) = attempt(caller, data);
-        assertTrue(!done, "refused");
-        assertEq(keccak256(answer), keccak256(reason), "by name and words");
-    }
-
     function wrongPhase(ISwarm.Phase phase, ISwarm.Phase needed) internal pure returns (bytes memory) {
         return abi.encodeWithSelector(ISwarm.WrongPhase.selector, phase, needed);
     }
@@ -52,9 +46,7 @@ contract RoundsTest is Base {
     }
 
     function test_invalid_open_with_too_few_sites() public {
-        run = proposeRun(100, 50, 3, 0);
-        join(0);
-        join(1);
+        startRun(100, 50, 3, 0, 2);
         expect(ISwarm.TooFewSites.selector, 2, 3);
         open(0);
         join(2);
@@ -209,9 +201,7 @@ contract RoundsTest is Base {
     }
 
     function test_invalid_commit_by_who_joined_later() public {
-        run = proposeRun(100, 50, 2, 0);
-        join(0);
-        join(1);
+        startRun(100, 50, 2, 0, 2);
         open(0);
         join(2);
         refuse(key(2), commitCall(1, C1), abi.encodeWithSelector(ISwarm.NotMember.selector, 1, 2));
@@ -267,8 +257,7 @@ contract RoundsTest is Base {
     }
 
     function test_quorum_above_the_majority() public {
-        run = proposeRun(100, 50, 2, 10_000);
-        for (uint256 i = 0; i < SITES; ++i) join(i);
+        startRun(100, 50, 2, 10_000, SITES);
         open(0);
         assertEq(view_().quorum, 4, "unanimous");
         commitAll(1);
@@ -280,12 +269,10 @@ contract RoundsTest is Base {
 
     function test_quorum_is_rounded_up() public {
         found(3);
-        run = proposeRun(100, 50, 2, 6_667);
-        for (uint256 i = 0; i < 3; ++i) join(i);
+        startRun(100, 50, 2, 6_667, 3);
         open(0);
         assertEq(view_().quorum, 3, "two of three are not quite enough");
-        run = proposeRun(100, 50, 2, 6_666);
-        for (uint256 i = 0; i < 3; ++i) join(i);
+        startRun(100, 50, 2, 6_666, 3);
         open(0);
         assertEq(view_().quorum, 2, "two of three are enough");
     }
@@ -527,9 +514,7 @@ contract RoundsTest is Base {
     }
 
     function test_invalid_vote_by_who_is_no_member() public {
-        run = proposeRun(100, 50, 2, 0);
-        join(0);
-        join(1);
+        startRun(100, 50, 2, 0, 2);
         open(0);
         join(2);
         commit(0, 1);
@@ -667,8 +652,7 @@ contract RoundsTest is Base {
     /// @dev Any sites commit, any vote anything: the outcome is what counting by hand gives.
     function testFuzz_outcome_is_the_count(uint8 coming, uint256 choices, uint16 quorumBps) public {
         found(7);
-        run = proposeRun(100, 50, 2, quorumBps % 10_001);
-        for (uint256 i = 0; i < 7; ++i) join(i);
+        startRun(100, 50, 2, quorumBps % 10_001, 7);
         open(0);
         uint256 quorum = view_().quorum;
         for (uint256 i = 0; i < 7; ++i) {

@@ -97,9 +97,7 @@ contract RunsTest is Base {
             abi.encodeCall(ISwarm.announce, (run))
         ];
         for (uint256 i = 0; i < calls.length; ++i) {
-            (bool done, bytes memory answer) = attempt(OUTSIDER, calls[i]);
-            assertTrue(!done, "refused");
-            assertEq(keccak256(answer), keccak256(abi.encodeWithSelector(ISwarm.NotSite.selector, OUTSIDER)), "why");
+            refuse(OUTSIDER, calls[i], abi.encodeWithSelector(ISwarm.NotSite.selector, OUTSIDER));
         }
     }
 
@@ -114,9 +112,7 @@ contract RunsTest is Base {
             abi.encodeCall(ISwarm.viewRun, (2, 0))
         ];
         for (uint256 i = 0; i < calls.length; ++i) {
-            (bool done, bytes memory answer) = attempt(key(0), calls[i]);
-            assertTrue(!done, "refused");
-            assertEq(keccak256(answer), keccak256(abi.encodeWithSelector(ISwarm.UnknownRun.selector, 2, 1)), "why");
+            refuse(key(0), calls[i], abi.encodeWithSelector(ISwarm.UnknownRun.selector, 2, 1));
         }
         expect(ISwarm.UnknownRun.selector, 0, 1);
         swarm.phaseAt(0, 0, 0);
@@ -140,9 +136,7 @@ contract RunsTest is Base {
     }
 
     function test_joining_announces() public {
-        run = proposeRun(100, 50, 2, 0);
-        join(0);
-        join(1);
+        startRun(100, 50, 2, 0, 2);
         open(0);
         commit(0, 1);
         commit(1, 1);
