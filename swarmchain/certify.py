@@ -23,7 +23,6 @@ from swarmchain.protocol import (
     Opening,
     Reason,
     RoundKey,
-    RunView,
     compute_commitment,
     compute_digest,
     encode_canonical,
@@ -60,28 +59,6 @@ class Certified:
     def manifest_digest(self) -> str:
         """What is voted on, beside the checkpoint's digest."""
         return compute_digest(self.manifest_bytes)
-
-
-def gather(
-    store: Store, view: RunView, spec: Spec, *, key: RoundKey,
-    only: frozenset[int] | None = None,
-) -> tuple[list[Gathered], list[Excluded]]:
-    """Fetch and check what the committed sites opened.
-
-    Parameters
-    ----------
-    only
-        Count these sites alone: to recompute a manifest that others agreed on.
-    """
-    counted: list[Gathered] = []
-    excluded: list[Excluded] = []
-    for site in sorted(view.committed if only is None else only & view.committed):
-        found = _gather_one(store, view.commitments[site], spec, key=key, site=site)
-        if isinstance(found, Gathered):
-            counted.append(found)
-        else:
-            excluded.append(Excluded(site=site, commitment=view.commitments[site], reason=found))
-    return counted, excluded
 
 
 def certify(
@@ -130,9 +107,14 @@ def certify(
     return Certified(checkpoint, tensors, manifest, encode_canonical(manifest))
 
 
-def _gather_one(
-    store: Store, commitment: str, spec: Spec, *, key: RoundKey, site: int
-) -> Gathered | Reason:
+def gather_one(store: Store, commitment: str, spec: Spec, *, key: RoundKey, site: int) -> Gathered | Reason:
+    """Fetch and check what a committed site opened; the reason why it does not count if it does not.
+
+    Raises
+    ------
+    StoreUnreachable
+        If the store does not answer: that says nothing about the site.
+    """
     try:
         opening = parse_opening(store.get_opening(commitment))
     except BlobMissing:

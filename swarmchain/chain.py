@@ -7,9 +7,9 @@ translates the errors, the only room that knows web3.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from eth_utils.address import to_checksum_address
 from web3.logs import DISCARD
@@ -24,6 +24,14 @@ from swarmchain.protocol import Change, Outcome, Phase, RoundKey, RunView, Terms
 GAS_MAX = {"propose": 400_000, "approve": 300_000, "setSealKey": 100_000, "proposeRun": 400_000, "joinRun": 250_000,
            "leaveRun": 150_000, "announce": 150_000, "openRound": 200_000, "commit": 150_000, "vote": 250_000}
 DEPLOY_GAS_BASE, DEPLOY_GAS_PER_SITE = 3_200_000, 90_000
+
+
+class Send(Protocol):
+    """Signs and sends one transaction, and returns its receipt."""
+
+    def __call__(self, signer: Signer, call: Mapping[str, Any], *, gas: int, purpose: str) -> Any:
+        """Raises `ChainUnreachable` while no block takes it in."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,35 +67,32 @@ class Event:
 
     name: str
     block: int
+    index: int
     transaction: str
     values: dict[str, Any]
 
 
 class SwarmContract:
-    """One consortium's contract, seen through one node.
+    """One consortium's contract.
+
+    Parameters
+    ----------
+    send
+        Sends transactions: `Outbox.send` for a site, else `Node.send`.
 
     Raises
     ------
-    ChainError
+    ChainMismatch
         If the node is on another chain, or another code (or none) lies at the address.
     """
 
-    def __init__(self, node: Node, deployment: Deployment) -> None:
+    def __init__(self, node: Node, deployment: Deployment, *, send: Send | None = None) -> None:
         self.node = node
         self.chain_id = deployment.chain_id
-        if node.chain_id != deployment.chain_id:
-            raise ChainError(
-                f"the node at {node.rpc_url} is on chain {node.chain_id}, the deployment on {deployment.chain_id}",
-                hint="point rpc_url at a node of the consortium's chain, or use the right deployments/<chain id>.json",
-            )
+        self.block = deployment.block
         self.address = to_checksum_address(deployment.contract)
-        code = bytes(node.ask(lambda: node.web3.eth.get_code(self.address)))
-        if hashlib.sha256(code).hexdigest() != code_digest():
-            found = "no code" if not code else "another code than this version's contract"
-            raise ChainError(
-                f"{found} lies at {self.address} on chain {self.chain_id}",
-                hint="check the deployment file; a dev chain forgets everything when it stops",
-            )
+        self.send: Send = send or node.send
+        node.require(self.chain_id, self.address, code_digest())
         self._contract = node.web3.eth.contract(address=self.address, abi=load_artifact()["abi"])
 
     # -- reading
@@ -138,20 +143,27 @@ class SwarmContract:
         mask = self._call("acceptingOf", run, bytes.fromhex(checkpoint), bytes.fromhex(manifest))
         return mask_to_sites(int(mask))
 
-    def get_events(self, names: Sequence[str], *, run: int | None = None, from_block: int = 0) -> list[Event]:
-        """Events of these names, in the chain's order; `run` keeps those of one run."""
+    def get_events(self, names: Sequence[str], *, run: int | None = None, from_block: int | None = None) -> list[Event]:
+        """Events of these names, in the chain's order; `run` keeps those of one run.
+
+        They are fetched in pieces of the profile's `logs_span` blocks, from `from_block` or the deployment on.
+        """
+        span, head = self.node.profile.logs_span, self.node.read_head()
         found: list[Event] = []
-        for name in names:
-            event = getattr(self._contract.events, name)()
-            filters = {"run": run} if run is not None else {}
-            logs = self.node.ask(lambda event=event, filters=filters: event.get_logs(  # type: ignore[misc]
-                from_block=from_block, argument_filters=filters))
-            found += [_to_event(log) for log in logs]
-        return sorted(found, key=lambda e: e.block)
+        for start in range(self.block if from_block is None else from_block, head + 1, span):
+            for name in names:
+                event = getattr(self._contract.events, name)()
+                about: dict[str, Any] = {"from_block": start, "to_block": min(start + span - 1, head),
+                                         "argument_filters": {"run": run} if run is not None else {}}
+                found += [_to_event(log) for log in self.node.ask(lambda e=event, a=about: e.get_logs(**a))]  # type: ignore[misc]
+        return sorted(found, key=lambda e: (e.block, e.index))
 
     def get_gas(self, transaction: str) -> int:
         """Gas that a transaction used."""
-        return int(self.node.ask(lambda: self.node.web3.eth.get_transaction_receipt("0x" + transaction))["gasUsed"])  # type: ignore[arg-type]
+        receipt = self.node.get_receipt(transaction)
+        if receipt is None:
+            raise ChainError(f"the node knows no transaction {transaction[:12]}…", hint="has it forgotten old blocks?")
+        return int(receipt["gasUsed"])
 
     def key_of(self, run: int, round_id: int) -> RoundKey:
         """What a commitment of this round is bound to."""
@@ -220,9 +232,10 @@ class SwarmContract:
 
     def _transact(self, signer: Signer, name: str, *arguments: Any) -> Any:
         function = self._contract.functions[name](*arguments)
-        self.node.ask(lambda: function.call({"from": signer.address}, block_identifier="pending"))
+        block = self.node.profile.trial_block
+        self.node.ask(lambda: function.call({"from": signer.address}, block_identifier=block))
         data = self._contract.encode_abi(name, args=list(arguments))
-        receipt = self.node.send(signer, {"to": self.address, "data": data}, gas=GAS_MAX[name])
+        receipt = self.send(signer, {"to": self.address, "data": data}, gas=GAS_MAX[name], purpose=name)
         if receipt["status"] != 1:
             # the world moved between the trial and the block: ask again for the reason
             self.node.ask(lambda: function.call({"from": signer.address}))
@@ -242,7 +255,7 @@ def deploy_contract(node: Node, signer: Signer, founders: Sequence[tuple[str, st
     data = node.ask(lambda: factory.constructor(sites).data_in_transaction)
     node.ask(lambda: node.web3.eth.call({"from": signer.address, "data": data}))
     gas = DEPLOY_GAS_BASE + DEPLOY_GAS_PER_SITE * len(sites)
-    receipt = node.send(signer, {"data": data}, gas=gas)
+    receipt = node.send(signer, {"data": data}, gas=gas, purpose="deployment")
     if receipt["status"] != 1:
         raise ChainError("the deployment failed", hint="does the account have funds, and the chain room for 5 M gas?")
     return Deployment(
@@ -292,7 +305,7 @@ def _to_address(word: str) -> str:
 
 def _to_event(log: Any) -> Event:
     values = {k: v.hex() if isinstance(v, bytes) else v for k, v in log["args"].items()}
-    return Event(log["event"], int(log["blockNumber"]), log["transactionHash"].hex(), values)
+    return Event(log["event"], int(log["blockNumber"]), int(log["logIndex"]), log["transactionHash"].hex(), values)
 
 
 def _text(name: bytes) -> str:

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from swarmchain.errors import ConfigError
+from swarmchain.profiles import ProfileName
 from swarmchain.protocol import Strict, first_problem
 
 M = TypeVar("M", bound=BaseModel)
@@ -25,8 +26,9 @@ M = TypeVar("M", bound=BaseModel)
 class ChainConfig(Strict):
     """Where the contract is."""
 
-    rpc_url: str
+    rpc_urls: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)]
     deployment: str
+    profile: ProfileName = "auto"
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
 
 
@@ -60,6 +62,7 @@ class AgentConfig(Strict):
     poll_s: Annotated[float, Field(gt=0)] = 0.5
     stagger_s: Annotated[float, Field(gt=0)] = 2.0
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+    resume_s: Annotated[float, Field(gt=0)] = 30.0
 
 
 class SiteConfig(Strict):
@@ -69,7 +72,7 @@ class SiteConfig(Strict):
     chain: ChainConfig
     store: StoreConfig
     keys: KeysConfig
-    data: DataConfig
+    data: DataConfig | None = None
     agent: AgentConfig = AgentConfig()
     folder: Path = Path()  # where site.toml lies; not a key of the file
 
@@ -83,9 +86,10 @@ class SiteConfig(Strict):
         return self.store.url if "://" in self.store.url else str(self.resolve(self.store.url))
 
     @property
-    def rpc_url(self) -> str:
-        """The node to talk to; `SWARMCHAIN_RPC_URL` wins over the file."""
-        return os.environ.get("SWARMCHAIN_RPC_URL", self.chain.rpc_url)
+    def rpc_urls(self) -> tuple[str, ...]:
+        """The nodes to talk to, in the order of preference; `SWARMCHAIN_RPC_URL` wins over the file."""
+        named = os.environ.get("SWARMCHAIN_RPC_URL")
+        return (named,) if named else self.chain.rpc_urls
 
     @property
     def work_dir(self) -> Path:
@@ -138,6 +142,29 @@ def read_site_config(path: Path) -> SiteConfig:
     if len(config.name.encode()) > 32:
         raise ConfigError(f"{path}: name: longer than 32 bytes in UTF-8", hint="shorten it")
     return config.model_copy(update={"folder": path.resolve().parent})
+
+
+def require_paths(config: SiteConfig) -> None:
+    """See that every file and folder that the settings name is there, before any work.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first key whose path does not exist.
+    """
+    named = {"chain.deployment": config.chain.deployment, "keys.keystore": config.keys.keystore}
+    if config.keys.password_file is not None and "SWARMCHAIN_PASSWORD" not in os.environ:
+        named["keys.password_file"] = config.keys.password_file
+    if config.data is not None:
+        named["data.path"] = config.data.path
+    if "://" not in config.store.url:
+        named["store.url"] = config.store.url
+    for key, path in named.items():
+        if not config.resolve(path).exists():
+            raise ConfigError(
+                f"site.toml: {key}: {config.resolve(path)} does not exist",
+                hint=f"relative paths start at {config.folder}",
+            )
 
 
 def read_model(path: Path, model: type[M], *, what: str, hint: str) -> M:
@@ -196,11 +223,14 @@ SITE_TOML = """\
 name = {name}
 
 [chain]
-# an Ethereum node of the consortium's chain; SWARMCHAIN_RPC_URL in the environment wins
-rpc_url = {rpc_url}
+# Ethereum nodes of the consortium's chain; the first that is healthy is asked
+# (SWARMCHAIN_RPC_URL in the environment wins)
+rpc_urls = [{rpc_url}]
 # written by `swarmchain deploy`; ask the site that deployed
 deployment = {deployment}
-# how long to wait for one answer of the node, in seconds
+# "anvil", "hardhat", "besu-qbft", or "auto" (told from what the node calls itself)
+profile = "auto"
+# how long to wait for one answer of a node, in seconds
 timeout_s = 10.0
 
 [store]
@@ -213,6 +243,7 @@ keystore = {keystore}
 # else SWARMCHAIN_PASSWORD in the environment, or a prompt
 {password_line}
 
+# leave this section out where only rehearsals run
 [data]
 # an AnnData file (.h5ad); it never leaves the site
 path = {data}
@@ -229,12 +260,14 @@ state = "auto"
 [agent]
 # journal and own contributions
 work_dir = "work"
-# pause between two looks at the chain, in seconds
+# longest pause between two looks at the chain, in seconds
 poll_s = {poll_s}
 # how long the next site waits before it opens a round in another's place, in seconds
 stagger_s = {stagger_s}
 # CPU threads for training; keep it fixed, results depend on it
 threads = 1
+# how often a long local training is written down, to go on from there after a restart, in seconds
+resume_s = 30.0
 """
 
 

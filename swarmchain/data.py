@@ -22,7 +22,7 @@ import scipy.sparse as sp
 
 from swarmchain.config import DataConfig, SiteConfig
 from swarmchain.errors import DataError, SpecError
-from swarmchain.spec import Normalization, Panel, Spec
+from swarmchain.spec import CellSpec, Normalization, Panel
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -61,7 +61,7 @@ class SiteData:
     validation: Ints
 
 
-def load_site_data(config: SiteConfig, spec: Spec) -> SiteData:
+def load_site_data(config: SiteConfig, spec: CellSpec) -> SiteData:
     """Everything that a run needs of this site's file.
 
     Raises
@@ -69,6 +69,8 @@ def load_site_data(config: SiteConfig, spec: Spec) -> SiteData:
     DataError
         If the file cannot serve the spec; the message names the file, the key and the remedy.
     """
+    if config.data is None:
+        raise DataError(f"site.toml of {config.name} has no [data] section", hint="name the site's AnnData file there")
     cells = read_cells(config.resolve(config.data.path), config.data, spec.normalization)
     return select_cells(cells, spec)
 
@@ -112,7 +114,7 @@ def read_cells(path: Path, config: DataConfig, normalization: Normalization) -> 
     )
 
 
-def select_cells(cells: Cells, spec: Spec) -> SiteData:
+def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
     """Cells on a spec's panel and label list.
 
     Raises

@@ -7,16 +7,19 @@
     ├── DataError                   this site's data
     ├── CheckpointError             bytes that are no checkpoint or contribution of this run
     ├── OpeningError                an opening that is malformed or does not fit its commitment
-    ├── MergeMismatch               a round's checkpoint is not what its contributions give
+    ├── MergeMismatch               exit code 5: a round's checkpoint is not what its contributions give
+    ├── RunFailed                   exit code 4: a run ended without reaching its goal
     ├── StoreError                  the store refused: read-only, full, blob missing or altered
     ├── JournalError                the site's own memory of its promises
     ├── DevchainError               a dev chain could not be started
     ├── ChainError                  the chain answered, but not as our contract would
+    │   ├── ChainMismatch           another chain or contract than the deployment's
     │   ├── NonceTaken              another transaction of this key was faster
     │   └── ContractError           a refusal by the contract: one class for each Solidity error
     └── Unreachable                 exit code 3: a supervisor may retry
         ├── ChainUnreachable
         └── StoreUnreachable
+            └── StoreFull           no room: freeing some helps
 
 An error is one line that names what is wrong, and a hint that says what to do. The command line prints both and no
 traceback; whatever is not in this tree keeps its traceback.
@@ -73,6 +76,14 @@ class OpeningError(SwarmError):
 class MergeMismatch(SwarmError):
     """A majority accepted a checkpoint that its own manifest's contributions do not give."""
 
+    exit_code: ClassVar[int] = 5
+
+
+class RunFailed(SwarmError):
+    """A run rests after too many failures in a row, or ended without a checkpoint."""
+
+    exit_code: ClassVar[int] = 4
+
 
 class StoreError(SwarmError):
     """The store refused, or holds something else than it should."""
@@ -94,6 +105,10 @@ class ChainError(SwarmError):
     """The chain answered, but not as our contract would."""
 
 
+class ChainMismatch(ChainError):
+    """The node is on another chain, or another code lies at the contract's address."""
+
+
 class NonceTaken(ChainError):
     """Another transaction with the same key and nonce was faster."""
 
@@ -110,6 +125,10 @@ class ChainUnreachable(Unreachable):
 
 class StoreUnreachable(Unreachable):
     """The shared store does not answer."""
+
+
+class StoreFull(StoreUnreachable):
+    """The shared store has no room left."""
 
 
 class ContractError(ChainError):

@@ -2,40 +2,87 @@
 
 An SQLite file, bound to one chain, one contract and one site, readable by its owner only. A contribution is written
 here before its commitment goes on chain, so that a restarted agent opens exactly what it committed to; a second,
-different contribution to the same round is refused. The contribution's own bytes lie beside it, under their digest.
+different contribution to the same round is refused. The contribution's own bytes lie beside it, under their digest. A
+transaction's signed bytes and nonce are written here before they are sent, so that a restarted agent sends the same
+ones again and never others. What is written is on the disk when the call returns.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import sqlite3
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarmchain.config import write_file
-from swarmchain.errors import JournalError
+from swarmchain.errors import ConfigError, JournalError
 from swarmchain.protocol import Opening, RoundKey, compute_digest
 
-_TABLES = """
-create table if not exists owner (chain_id integer, contract text, address text);
+SCHEMA = 2
+LOCK_PAUSE_S = 0.05
+_TABLES = f"""
+begin immediate;
+create table if not exists owner (chain_id integer, contract text, site integer);
 create table if not exists contribution (
     run integer, round integer, digest text, samples integer, salt text, metrics text, primary key (run, round));
 create table if not exists vote (
-    run integer, round integer, checkpoint text, manifest text, accept integer, score_bps integer, weighed integer,
+    run integer, round integer, checkpoint text, manifest text, accept integer, score_bps integer, included text,
     primary key (run, round));
+create table if not exists transactions (
+    address text, nonce integer, digest text primary key, purpose text, raw blob, call text, gas integer,
+    fees text, sent_at real);
+create table if not exists pace (run integer primary key, train_s real, window_s real);
+pragma user_version = {SCHEMA};
+commit;
 """
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """One vote: on what, whether it accepts, the score in 1/10,000, and how many openings were there."""
+    """One vote: on what, whether it accepts, the score in 1/10,000, and which sites' contributions were counted."""
 
     checkpoint: str
     manifest: str
     accept: bool
     score_bps: int
-    weighed: int
+    included: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Promised:
+    """One signed transaction that may not be in a block yet.
+
+    `digest` is its hash; `call`, `gas` and `fees` are what was signed; `sent_at` is when, by this machine's clock.
+    """
+
+    address: str
+    nonce: int
+    digest: str
+    purpose: str
+    raw: bytes
+    call: dict[str, str]
+    gas: int
+    fees: dict[str, int]
+    sent_at: float
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the last local training took, and how long the run's rounds wait for one; in seconds."""
+
+    run: int
+    train_s: float
+    window_s: float
+
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether the site cannot make the window."""
+        return self.train_s > self.window_s
 
 
 class Journal:
@@ -44,21 +91,26 @@ class Journal:
     Raises
     ------
     JournalError
-        If the file belongs to another site or contract, is no journal, or cannot be written.
+        If the file belongs to another site or contract, was written by a newer version, is no journal, or cannot be
+        written.
     """
 
-    def __init__(self, folder: Path, *, chain_id: int, contract: str, address: str) -> None:
+    def __init__(self, folder: Path, *, chain_id: int, contract: str, site: int) -> None:
+        self.folder = folder
         self.path = folder / "journal.sqlite"
         self._blobs = folder / "contributions"
-        owner = (chain_id, contract.lower(), address.lower())
+        owner = (chain_id, contract.lower(), site)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            # full: what is written survives a power failure; the autocommit of isolation_level=None is each call's
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10.0)
+            self._require_schema()
             self._db.execute("pragma journal_mode = wal")
             self._db.execute("pragma synchronous = full")
-            self._db.executescript(_TABLES)
-            found = self._db.execute("select * from owner").fetchone()
+            if self._read_schema() == 0:
+                self._db.executescript(_TABLES)
+            found = self._db.execute("select chain_id, contract, site from owner").fetchone()
             if found is None:
                 self._db.execute("insert into owner values (?, ?, ?)", owner)
         except (OSError, sqlite3.Error) as exc:
@@ -66,13 +118,47 @@ class Journal:
         if found is not None and tuple(found) != owner:
             self.close()
             raise JournalError(
-                f"the journal {self.path} belongs to {found[2]} on contract {found[1]} of chain {found[0]}",
+                f"the journal {self.path} belongs to site {found[2]} of contract {found[1]} on chain {found[0]}",
                 hint="give every site and every contract a work_dir of its own",
+            )
+
+    def _read_schema(self) -> int:
+        return int(self._db.execute("pragma user_version").fetchone()[0])
+
+    def _require_schema(self) -> None:
+        schema = self._read_schema()
+        is_old = schema == 0 and self._db.execute("select count(*) from sqlite_master").fetchone()[0] > 0
+        if schema not in (0, SCHEMA) or is_old:
+            self.close()
+            age = "an older" if is_old or schema < SCHEMA else "a newer"
+            raise JournalError(
+                f"the journal {self.path} was written by {age} version of swarmchain",
+                hint="use that version until its runs are over, or name a new [agent] work_dir after that",
             )
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    @contextlib.contextmanager
+    def lock_sending(self, *, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+        """Hold the right to use the key's next nonce: the agent and a command of the same site take turns.
+
+        Raises
+        ------
+        JournalError
+            If another process holds it for `timeout_s`.
+        """
+        with self._refuse(), (self.folder / "sending.lock").open("ab") as file:
+            deadline = clock() + timeout_s
+            while not _try_lock(file.fileno()):
+                if clock() > deadline:
+                    raise JournalError(
+                        f"another process of this site is sending a transaction since {timeout_s:.0f} s",
+                        hint="wait until it is done: `swarmchain status` shows whether the chain moves",
+                    )
+                time.sleep(LOCK_PAUSE_S)
+            yield
 
     def get_contribution(self, key: RoundKey) -> Opening | None:
         """What this site committed to in a round, if anything."""
@@ -94,7 +180,8 @@ class Journal:
                     hint="local training must be repeatable: did the data, the threads or the software change?",
                 )
             return
-        write_file(self._blobs / opening.digest, data, mode=0o600)
+        with self._refuse():
+            write_file(self._blobs / opening.digest, data, mode=0o600)
         self._write(
             "insert into contribution values (?, ?, ?, ?, ?, ?)",
             (key.run, key.round_id, opening.digest, opening.samples, opening.salt, json.dumps(opening.metrics)),
@@ -122,21 +209,70 @@ class Journal:
     def get_vote(self, key: RoundKey) -> Ballot | None:
         """The newest vote of this site in a round, if any."""
         row = self._db.execute(
-            "select checkpoint, manifest, accept, score_bps, weighed from vote where run = ? and round = ?",
+            "select checkpoint, manifest, accept, score_bps, included from vote where run = ? and round = ?",
             (key.run, key.round_id),
         ).fetchone()
-        return None if row is None else Ballot(row[0], row[1], bool(row[2]), row[3], row[4])
+        return None if row is None else Ballot(row[0], row[1], bool(row[2]), row[3], frozenset(json.loads(row[4])))
 
     def record_vote(self, key: RoundKey, ballot: Ballot) -> None:
         """Write a vote down; a vote may move, the newest stands."""
         self._write(
             "insert or replace into vote values (?, ?, ?, ?, ?, ?, ?)",
             (key.run, key.round_id, ballot.checkpoint, ballot.manifest, int(ballot.accept), ballot.score_bps,
-             ballot.weighed),
+             json.dumps(sorted(ballot.included))),
         )
 
+    def get_pending(self, address: str) -> list[Promised]:
+        """Transactions of a key that were not seen in a block, in the order of their nonces and of signing."""
+        rows = self._db.execute(
+            "select address, nonce, digest, purpose, raw, call, gas, fees, sent_at from transactions "
+            "where address = ? order by nonce, sent_at", (address,)).fetchall()
+        return [Promised(address, nonce, digest, purpose, raw, json.loads(call), gas, json.loads(fees), sent_at)
+                for address, nonce, digest, purpose, raw, call, gas, fees, sent_at in rows]
+
+    def record_transaction(self, promised: Promised) -> None:
+        """Write a signed transaction down, before it is sent."""
+        p = promised
+        self._write("insert or replace into transactions values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (p.address, p.nonce, p.digest, p.purpose, p.raw, json.dumps(p.call), p.gas, json.dumps(p.fees),
+                     p.sent_at))
+
+    def settle_nonce(self, address: str, nonce: int) -> None:
+        """Forget the transactions of a nonce: one of them, or another of the key, is in a block."""
+        self._write("delete from transactions where address = ? and nonce <= ?", (address, nonce))
+
+    def forget_transaction(self, digest: str) -> None:
+        """Forget a transaction that no node took."""
+        self._write("delete from transactions where digest = ?", (digest,))
+
+    def record_pace(self, pace: Pace) -> None:
+        """Remember how long local training takes."""
+        self._write("insert or replace into pace values (?, ?, ?)", (pace.run, pace.train_s, pace.window_s))
+
+    def get_pace(self, run: int) -> Pace | None:
+        """How long local training took last in a run, if it was ever done."""
+        row = self._db.execute("select run, train_s, window_s from pace where run = ?", (run,)).fetchone()
+        return None if row is None else Pace(*row)
+
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
-        try:
+        with self._refuse():
             self._db.execute(statement, values)
-        except sqlite3.Error as exc:
-            raise JournalError(f"cannot write the journal {self.path}: {exc}", hint="check free space") from exc
+
+    @contextlib.contextmanager
+    def _refuse(self) -> Iterator[None]:
+        """What cannot be written down is not promised: the one seam where the disk's refusals become ours."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+            raise JournalError(f"cannot write the journal {self.path}: {reason}", hint="check free space") from exc
+        except ConfigError as exc:
+            raise JournalError(f"cannot write beside the journal {self.path}: {exc.message}", hint=exc.hint) from exc
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -6,20 +6,23 @@ lives inside a `Signer`, which signs, derives salts, and shows nothing but its a
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from eth_account import Account
-from eth_account.signers.local import LocalAccount
-from eth_utils.address import to_checksum_address
+from typing import TYPE_CHECKING, Any
 
 from swarmchain.config import SiteConfig, write_file
 from swarmchain.errors import KeystoreError
 from swarmchain.protocol import RoundKey
+
+# eth_account takes a third of a second to import, so whoever only asks for help must not wait for it
+if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
 
 PASSWORD_VARIABLE = "SWARMCHAIN_PASSWORD"  # noqa: S105 - the variable's name, not a password
 
@@ -63,6 +66,8 @@ def create_keystore(path: Path, password: str, *, secret: bytes | None = None, w
         raise KeystoreError(f"{path} exists already", hint="a key is never overwritten: move it, or use another name")
     if not password:
         raise KeystoreError("the keystore password is empty", hint="choose one")
+    from eth_account import Account
+
     account = Account.from_key(secret) if secret is not None else Account.create()
     encrypted = Account.encrypt(account.key, password, kdf="scrypt", iterations=1 << work_log2)
     write_file(path, json.dumps(encrypted).encode(), mode=0o600)
@@ -85,12 +90,33 @@ def open_keystore(path: Path, password: str) -> Signer:
     keystore = _read_keystore(path)
     if os.name == "posix" and path.stat().st_mode & 0o077:
         raise KeystoreError(f"{path} is readable by others", hint=f"chmod 600 {path}")
+    from eth_account import Account
+
     try:
         return Signer(Account.from_key(Account.decrypt(keystore, password)))
     except (ValueError, KeyError, TypeError, NotImplementedError) as exc:
         if "MAC mismatch" in str(exc):
             raise KeystoreError(f"wrong password for {path}", hint="check the password file or prompt") from exc
         raise KeystoreError(f"{path} is no keystore: {exc}", hint="restore it from your backup") from exc
+
+
+@contextlib.contextmanager
+def lock_keystore(path: Path) -> Iterator[None]:
+    """Be the only agent with this key, on this machine, while the context lasts; the lock dies with the process.
+
+    Raises
+    ------
+    KeystoreError
+        If another agent has it.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise KeystoreError(
+                f"another agent is at work with the key {path}", hint="one key, one agent: stop the other one first"
+            ) from exc
+        yield
 
 
 def find_password(config: SiteConfig) -> str | None:
@@ -133,6 +159,8 @@ def _read_keystore(path: Path) -> dict[str, Any]:
 
 
 def _checksum(address: str) -> str:
+    from eth_utils.address import to_checksum_address
+
     try:
         return str(to_checksum_address(address if address.startswith("0x") else "0x" + address))
     except ValueError as exc:

@@ -8,35 +8,41 @@ knows web3.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import requests
 from eth_abi.abi import decode as abi_decode
+from eth_hash.auto import keccak
 from eth_utils.abi import function_abi_to_4byte_selector
 from eth_utils.address import to_checksum_address
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
-from web3 import HTTPProvider, Web3
+from web3 import Web3
 from web3.exceptions import (
     ContractCustomError,
     ContractLogicError,
-    TimeExhausted,
+    TransactionNotFound,
     Web3Exception,
     Web3RPCError,
 )
+from web3.middleware import ExtraDataToPOAMiddleware
 
-from swarmchain.errors import CONTRACT_ERRORS, ChainError, ChainUnreachable, ConfigError, NonceTaken
+from swarmchain.errors import CONTRACT_ERRORS, ChainError, ChainMismatch, ChainUnreachable, NonceTaken
 from swarmchain.keys import Signer
+from swarmchain.profiles import ProfileName, choose_profile
 from swarmchain.protocol import Change, Phase
+from swarmchain.rpc import Endpoint, Endpoints
 
 T = TypeVar("T")
 
-RECEIPT_TIMEOUT_S = 60.0
+RECEIPT_PAUSE_MAX_S = 1.0
 SENDS_MAX = 20
 ENUMS: dict[str, type[IntEnum]] = {"enum ISwarm.Phase": Phase, "enum ISwarm.Change": Change}
 # geth and Anvil, Hardhat, Besu: how nodes say that another transaction of this key has the nonce
@@ -53,36 +59,84 @@ def load_artifact() -> dict[str, Any]:
     return artifact
 
 
+@dataclass(frozen=True)
+class SignedTransaction:
+    """One transaction as it goes out. `digest` is its hash, as hex without 0x."""
+
+    nonce: int
+    digest: str
+    raw: bytes
+
+
 class Node:
-    """A connection to one Ethereum node.
+    """One chain, through one or several nodes.
 
     Raises
     ------
     ChainUnreachable
-        If nothing answers at `rpc_url`.
+        If nothing answers at any of `rpc_urls`.
     """
 
-    def __init__(self, rpc_url: str, *, timeout_s: float = 10.0) -> None:
-        self.rpc_url = rpc_url
-        if not rpc_url.startswith(("http://", "https://")):
-            raise ConfigError(f"rpc_url {rpc_url!r} is no http(s) URL", hint="for example http://127.0.0.1:8545")
-        provider = HTTPProvider(rpc_url, request_kwargs={"timeout": timeout_s}, exception_retry_configuration=None)
-        self.web3 = Web3(provider)
+    def __init__(self, rpc_urls: str | Sequence[str], *, timeout_s: float = 10.0, profile: ProfileName = "auto"
+                 ) -> None:
+        self.endpoints = Endpoints([rpc_urls] if isinstance(rpc_urls, str) else rpc_urls, timeout_s=timeout_s)
+        self.web3 = Web3(self.endpoints)
+        self.profile = choose_profile(profile, self.client_version)
+        if self.profile.has_long_extra_data:
+            self.web3.middleware_onion.inject(ExtraDataToPOAMiddleware, layer=0)
         self.chain_id = int(self.ask(lambda: self.web3.eth.chain_id))
 
+    @property
+    def rpc_url(self) -> str:
+        """The node that is asked first now."""
+        return self.endpoints.url
+
     def ask(self, question: Callable[[], T]) -> T:
-        """One exchange with the node; silence becomes `ChainUnreachable`."""
+        """One exchange with the chain; silence becomes `ChainUnreachable`."""
         with translate_errors(self.rpc_url):
             return question()
+
+    def require(self, chain_id: int, address: str, code_sha256: str) -> None:
+        """See now, and again whenever a node comes back, that it is on this chain and holds this contract.
+
+        Raises
+        ------
+        ChainMismatch
+            If it is not, or does not.
+        """
+        def check(ask: Callable[[str, list[Any]], Any]) -> None:
+            found = int(ask("eth_chainId", []), 16)
+            if found != chain_id:
+                raise ChainMismatch(
+                    f"the node is on chain {found}, the deployment on {chain_id}",
+                    hint="point rpc_urls at nodes of the consortium's chain, or use the right deployment file",
+                )
+            code = bytes.fromhex(ask("eth_getCode", [address, "latest"]).removeprefix("0x"))
+            if hashlib.sha256(code).hexdigest() != code_sha256:
+                what = "another code than this version's contract" if code else "no code"
+                raise ChainMismatch(
+                    f"{what} lies at {address} on chain {chain_id}",
+                    hint="check the deployment file; a dev chain forgets everything when it stops",
+                )
+
+        self.endpoints.check = check
+        for endpoint in self.endpoints.endpoints:
+            endpoint.is_checked = False
+        self.read_head()
 
     @property
     def client_version(self) -> str:
         """What the node calls itself, for example `anvil/v1.7.1`."""
         return str(self.ask(lambda: self.web3.client_version))
 
+    def read_head(self) -> int:
+        """Number of the newest block: the cheapest question there is, and a hint whether anything happened."""
+        return int(self.ask(lambda: self.web3.eth.block_number))
+
     def read_time(self) -> int:
-        """Timestamp that a transaction sent now would see, in seconds."""
-        for block in ("pending", "latest"):
+        """Timestamp that a transaction sent now would see, at least, in seconds."""
+        blocks = ("pending", "latest") if self.profile.trial_block == "pending" else ("latest",)
+        for block in blocks:
             try:
                 found: Any = self.ask(lambda block=block: self.web3.eth.get_block(block))  # type: ignore[misc]
             except ChainError:
@@ -91,50 +145,102 @@ class Node:
                 return int(found["timestamp"])
         raise ChainError(f"the node at {self.rpc_url} shows no block", hint="is it still starting?")
 
-    def send(self, signer: Signer, call: dict[str, Any], *, gas: int) -> Any:
-        """Sign and send one transaction, wait for its receipt and return it.
+    def choose_freshest(self) -> int:
+        """Ask first, from now on, the node with the highest block, if any is ahead of the present one by more than one.
 
-        A person and an agent may use one site's key at the same moment; who finds the nonce taken takes the next.
+        Returns the timestamp of its newest block. A node that lags shows rounds that are long over.
         """
-        for attempt in Retrying(retry=retry_if_exception_type(NonceTaken), stop=stop_after_attempt(SENDS_MAX),
-                                wait=wait_fixed(0.05), reraise=True):
-            with attempt:
-                digest = self._send_once(signer, call, gas=gas)
+        heads: list[tuple[int, Endpoint]] = []
+        for endpoint in list(self.endpoints.endpoints):
+            with contextlib.suppress(ChainUnreachable, ChainError):
+                heads.append((int(self.endpoints.ask_one(endpoint, "eth_blockNumber", []), 16), endpoint))
+        if heads:
+            best, freshest = max(heads, key=lambda pair: pair[0])
+            present = next((head for head, endpoint in heads if endpoint.url == self.rpc_url), -1)
+            if best > present + 1:
+                self.endpoints.choose(freshest)
+        return int(self.ask(lambda: self.web3.eth.get_block("latest"))["timestamp"])
+
+    def get_nonce(self, address: str, *, block: Literal["latest", "pending"] = "latest") -> int:
+        """Transactions of this key that are in a block (or, with `pending`, known to the node)."""
+        return int(self.ask(lambda: self.web3.eth.get_transaction_count(address, block)))  # type: ignore[arg-type]
+
+    def sign(self, signer: Signer, call: Mapping[str, Any], *, gas: int, nonce: int, fees: Mapping[str, int]
+             ) -> SignedTransaction:
+        """Bytes of one transaction, and the hash that it will have."""
+        words = {**call, **fees, "chainId": self.chain_id, "gas": gas, "value": 0, "nonce": nonce}
+        raw = signer.sign_transaction(words)
+        return SignedTransaction(nonce, keccak(raw).hex(), raw)
+
+    def broadcast(self, raw: bytes) -> None:
+        """Hand a signed transaction to the chain. Raises `NonceTaken` if it, or another of its nonce, is known."""
+        self.ask(lambda: self.web3.eth.send_raw_transaction(raw))
+
+    def get_receipt(self, transaction: str) -> Any | None:
+        """The receipt of a transaction (hash as hex), None while it is in no block."""
         try:
-            return self.ask(lambda: self.web3.eth.wait_for_transaction_receipt(
-                digest, timeout=RECEIPT_TIMEOUT_S, poll_latency=0.05))
-        except TimeExhausted as exc:
-            raise ChainUnreachable(
-                f"transaction {digest.hex()[:12]}… is in no block after {RECEIPT_TIMEOUT_S:.0f} s",
-                hint="has the chain stalled? the agent looks again before it sends another",
-            ) from exc
+            return self.ask(lambda: self.web3.eth.get_transaction_receipt("0x" + transaction))  # type: ignore[arg-type]
+        except TransactionNotFound:
+            return None
 
-    def _send_once(self, signer: Signer, call: dict[str, Any], *, gas: int) -> Any:
-        fees = self._fees()
-        transaction = {
-            **call, **fees, "chainId": self.chain_id, "gas": gas, "value": 0,
-            "nonce": self.ask(lambda: self.web3.eth.get_transaction_count(signer.address, "pending")),  # type: ignore[arg-type]
-        }
-        raw = signer.sign_transaction(transaction)
-        return self.ask(lambda: self.web3.eth.send_raw_transaction(raw))
+    def knows(self, transaction: str) -> bool:
+        """Whether the node has heard of a transaction (hash as hex), in a block or not."""
+        try:
+            return bool(self.ask(lambda: self.web3.eth.get_transaction("0x" + transaction)))  # type: ignore[arg-type]
+        except TransactionNotFound:
+            return False
 
-    def _fees(self) -> dict[str, int]:
+    def await_receipt(self, transaction: str, *, timeout_s: float | None = None) -> Any | None:
+        """The receipt once there is one, None after `timeout_s` (by default the profile's)."""
+        pause, patience = self.profile.receipt_poll_s, self.profile.receipt_timeout_s
+        deadline = time.monotonic() + (patience if timeout_s is None else timeout_s)
+        while (receipt := self.get_receipt(transaction)) is None and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(2 * pause, RECEIPT_PAUSE_MAX_S)
+        return receipt
+
+    def read_fees(self) -> dict[str, int]:
         """Free where the chain is free (permissioned chains are), else twice the base fee and the suggested tip."""
+        if self.profile.is_free:
+            return {"gasPrice": 0}
         base = self.ask(lambda: self.web3.eth.get_block("latest")).get("baseFeePerGas", 0)
         if not base:
             return {"gasPrice": 0}
         tip = self.ask(lambda: self.web3.eth.max_priority_fee)
         return {"maxFeePerGas": 2 * base + tip, "maxPriorityFeePerGas": tip}
 
+    def send(self, signer: Signer, call: Mapping[str, Any], *, gas: int, purpose: str) -> Any:
+        """Sign and send one transaction without a journal, wait for its receipt and return it.
+
+        For whoever has made no promise: deployments and measurements. Sites send through an `Outbox`.
+        """
+        for attempt in Retrying(retry=retry_if_exception_type(NonceTaken), stop=stop_after_attempt(SENDS_MAX),
+                                wait=wait_fixed(0.05), reraise=True):
+            with attempt:
+                nonce = self.get_nonce(signer.address, block="pending")
+                signed = self.sign(signer, call, gas=gas, nonce=nonce, fees=self.read_fees())
+                self.broadcast(signed.raw)
+        receipt = self.await_receipt(signed.digest)
+        if receipt is None:
+            raise stalled(purpose, signed)
+        return receipt
+
+
+def stalled(purpose: str, signed: SignedTransaction) -> ChainUnreachable:
+    """What is said of a transaction that no block takes in."""
+    return ChainUnreachable(
+        f"transaction {signed.digest[:12]}… ({purpose}) is in no block yet",
+        hint="has the chain stalled? the same bytes are sent again, never others",
+    )
+
 
 @contextlib.contextmanager
 def translate_errors(rpc_url: str) -> Iterator[None]:
     """The one seam where web3's errors become ours."""
-    hint = "start it (`swarmchain devchain` on a laptop), or correct rpc_url"
     try:
         yield
-    except (requests.RequestException, ConnectionError, TimeoutError) as exc:
-        raise ChainUnreachable(f"no Ethereum node answers at {rpc_url}", hint=hint) from exc
+    except TransactionNotFound:  # an answer, and a Web3RPCError by birth
+        raise
     except ContractCustomError as exc:
         raise decode_revert(str(exc.data)) from exc
     except ContractLogicError as exc:
@@ -143,8 +249,6 @@ def translate_errors(rpc_url: str) -> Iterator[None]:
         raise ChainError(f"the contract call reverted: {str(exc).splitlines()[0]}") from exc
     except Web3RPCError as exc:
         raise _decode_rpc_error(exc) from exc
-    except TimeExhausted:
-        raise
     except (Web3Exception, ValueError) as exc:
         line = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise ChainError(

@@ -1,9 +1,10 @@
 """A run's law: everything that must be equal at all sites.
 
-A spec is canonical JSON in the store; its SHA-256 stands on chain. There are two tasks. `statistics` sums, over the
+A spec is canonical JSON in the store; its SHA-256 stands on chain. There are three tasks. `statistics` sums, over the
 sites' training cells, what standardisation and class balancing need. `cell_type` trains a classifier on a panel of
 features, from a seed checkpoint that travels as a blob (layer initialisation is not equal on all CPUs, so a seed is
-never replayed elsewhere).
+never replayed elsewhere). `rehearsal` needs no cells: its contributions are random numbers of a real model's size, so
+that chain, store, merge and vote can be tried before any data are there.
 
 What a spec does not hold: anything about one site (that is `config`), and the windows and quorum (those are on chain).
 """
@@ -122,10 +123,13 @@ class StatisticsRef(Strict):
 class _Spec(Strict):
     format: Literal["swarmchain-spec/1"] = "swarmchain-spec/1"
     name: Name
+    limits: Limits
+
+
+class _CellSpec(_Spec):
     panel: Panel
     labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=CLASSES_MAX)]
     normalization: Normalization = Normalization()
-    limits: Limits
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
     @model_validator(mode="after")
@@ -135,13 +139,13 @@ class _Spec(Strict):
         return self
 
 
-class StatisticsSpec(_Spec):
+class StatisticsSpec(_CellSpec):
     """Sums over all sites' training cells: cells, sums and sums of squares per feature, cells per class."""
 
     task: Literal["statistics"] = "statistics"
 
 
-class CellTypeSpec(_Spec):
+class CellTypeSpec(_CellSpec):
     """A cell-type classifier."""
 
     task: Literal["cell_type"] = "cell_type"
@@ -153,7 +157,17 @@ class CellTypeSpec(_Spec):
     seed_checkpoint: Digest
 
 
-Spec = StatisticsSpec | CellTypeSpec
+class RehearsalSpec(_Spec):
+    """A run without cells: `widths` are the layers' widths, from inputs to outputs, of the model that it stands for."""
+
+    task: Literal["rehearsal"] = "rehearsal"
+    widths: Annotated[tuple[Annotated[int, Field(ge=1, le=FEATURES_MAX)], ...], Field(min_length=2)]
+    merge: Merge = Merge()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+CellSpec = StatisticsSpec | CellTypeSpec
+Spec = CellSpec | RehearsalSpec
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
 
 
@@ -196,12 +210,15 @@ def statistics_layout(features: int, labels: int) -> Layout:
     }
 
 
-def parameter_layout(spec: CellTypeSpec) -> Layout:
+def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
     """Tensors that training moves; a contribution holds their deltas under the same names.
 
     `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels.
     """
-    widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
+    if isinstance(spec, RehearsalSpec):
+        widths = list(spec.widths)
+    else:
+        widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
     layout: dict[str, Any] = {}
     for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
         layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
@@ -226,4 +243,6 @@ def checkpoint_layout(spec: Spec) -> Layout:
     """Tensors of the run's checkpoints."""
     if isinstance(spec, StatisticsSpec):
         return statistics_layout(len(spec.panel.features), len(spec.labels))
+    if isinstance(spec, RehearsalSpec):
+        return parameter_layout(spec)
     return dict(sorted({**parameter_layout(spec), **constant_layout(spec)}.items()))

@@ -9,6 +9,7 @@ gets a temporary file that is renamed, object stores do so by themselves.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import uuid
@@ -20,13 +21,14 @@ import numpy.typing as npt
 from fsspec.implementations.local import LocalFileSystem
 
 from swarmchain.checkpoint import compute_size, decode_tensors
-from swarmchain.errors import BlobMissing, StoreError, StoreUnreachable
+from swarmchain.errors import BlobMissing, StoreError, StoreFull, StoreUnreachable
 from swarmchain.protocol import MANIFEST_BYTES_MAX, OPENING_BYTES_MAX, Manifest, compute_digest, parse_manifest
 from swarmchain.spec import SPEC_BYTES_MAX, Spec, checkpoint_layout, parse_spec
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
-# What "out of space", "read-only" and "not allowed" look like over a folder: nothing that waiting mends.
+# What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PERMISSIONS = "check that the store is there, and that this account may write to it"
 
 
@@ -57,6 +59,7 @@ class Store:
         self._fs = fs
         self._root = root.rstrip("/")
         self._is_folder = isinstance(fs, LocalFileSystem)
+        self._was_there = False
         if self._is_folder and not Path(self._root).is_dir():
             raise StoreError(f"store {url} is no folder", hint="create it, or mount it, and make it writable")
 
@@ -90,10 +93,23 @@ class Store:
             )
         return data
 
+    def restore_blob(self, data: bytes) -> str:
+        """Store `data` under its digest even where something else lies there; return the digest."""
+        digest = compute_digest(data)
+        try:
+            self.get_blob(digest, bytes_max=len(data))
+        except StoreError:
+            self._write(self._blob_path(digest), data)
+        return digest
+
     def put_opening(self, commitment: str, data: bytes) -> None:
-        """Disclose an opening under its commitment."""
+        """Disclose an opening under its commitment, also where anyone has put something else there."""
         path = self._opening_path(commitment)
-        if not self._exists(path):
+        try:
+            found = self._read(path, bytes_max=OPENING_BYTES_MAX)
+        except StoreError:
+            found = b""
+        if found != data:
             self._write(path, data)
 
     def get_opening(self, commitment: str) -> bytes:
@@ -154,28 +170,42 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
+            self._was_there = True
         finally:
             temporary.unlink(missing_ok=True)
 
     def _call(self, path: str, verb: str, function, *args):  # type: ignore[no-untyped-def]
         """Run one file operation; every foreign error becomes ours here."""
+        if self._is_folder:
+            self._require_there()
+        where = f"{_short(path)} in {self.url}"
         try:
             return function(*args)
         except StoreError:
             raise
         except FileNotFoundError as exc:
+            if self._is_folder:
+                self._require_there()
             if verb == "read":
                 raise BlobMissing(f"{_short(path)} is not in {self.url}") from exc
-            raise StoreError(f"cannot {verb} {_short(path)} in {self.url}: {exc.strerror}", hint=_PERMISSIONS) from exc
+            raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
         except _REFUSALS as exc:
-            raise StoreError(f"cannot {verb} {_short(path)} in {self.url}: {exc.strerror}", hint=_PERMISSIONS) from exc
+            raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
         except OSError as exc:
-            if self._is_folder:
-                raise StoreError(
-                    f"cannot {verb} {_short(path)} in {self.url}: {_first_line(exc)}",
-                    hint="check free space, and that the store is mounted read-write",
-                ) from exc
-            raise StoreUnreachable(f"store {self.url} does not answer: {_first_line(exc)}") from exc
+            if exc.errno == errno.EROFS:
+                raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
+            if exc.errno in _FULL:
+                raise StoreFull(f"cannot {verb} {where}: {_first_line(exc)}", hint="free space in the store") from exc
+            raise StoreUnreachable(
+                f"cannot {verb} {where}: {_first_line(exc)}", hint="is it up, and does the network reach it?"
+            ) from exc
+
+    def _require_there(self) -> None:
+        """A folder that was unmounted must not look like a store whose blobs are missing, nor be written to."""
+        if (Path(self._root) / "blobs").is_dir():
+            self._was_there = True
+        elif self._was_there or not Path(self._root).is_dir():
+            raise StoreUnreachable(f"the store {self.url} is gone", hint="mount it again")
 
 
 def read_spec(store: Store, digest: str) -> Spec:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swarmchain.chain import SwarmContract
+from swarmchain.history import read_rounds
 from swarmchain.protocol import BPS
-from swarmchain.store import Store, read_manifest
+from swarmchain.store import Store
 
 CALLS = {"openRound": "RoundOpened", "commit": "Committed", "vote": "Voted", "joinRun": "RunJoined",
          "proposeRun": "RunProposed"}
@@ -17,34 +18,21 @@ CALLS = {"openRound": "RoundOpened", "commit": "Committed", "vote": "Voted", "jo
 
 def build_rounds(contract: SwarmContract, store: Store, run: int, names: Mapping[int, str]) -> list[dict[str, Any]]:
     """One dictionary for each round, from the contract's events and the manifests."""
-    now = contract.node.read_time()
-    events = contract.get_events(["RoundOpened", "Committed", "Voted", "RoundFinalized"], run=run)
-    rounds: dict[int, dict[str, Any]] = {}
-    for event in sorted(events, key=lambda e: (e.values["round"], e.block)):
-        number = event.values["round"]
-        row = rounds.setdefault(number, {
-            "round_id": number, "outcome": "", "checkpoint": None, "manifest": None, "committed": [], "voted": [],
-            "included": [], "excluded": [], "scores": {}, "test_macro_f1": None,
-        })
-        if event.name == "Committed":
-            row["committed"].append(names[event.values["site"]])
-        elif event.name == "Voted":
-            site = names[event.values["site"]]
-            row["scores"][site] = event.values["scoreBps"] / BPS
-            row["voted"] = sorted({*row["voted"], site})
-        elif event.name == "RoundFinalized":
-            row["checkpoint"], row["manifest"] = event.values["checkpoint"], event.values["manifest"]
-    for number, row in rounds.items():
-        row["outcome"] = contract.get_phase(run, number, at=now)[1].name.lower()
-        row["committed"].sort()
-        if row["manifest"]:
-            manifest = read_manifest(store, row["manifest"])
-            row["included"] = [
+    rows = []
+    for record in read_rounds(contract, store, run):
+        manifest = record.manifest
+        rows.append({
+            "round_id": record.round_id, "outcome": record.outcome.name.lower(),
+            "checkpoint": record.checkpoint or None, "manifest": record.manifest_digest or None,
+            "committed": sorted(names[i] for i in record.committed), "voted": sorted(names[i] for i in record.scores),
+            "included": [
                 {"site": names[i.site], "samples": i.samples, "norm": i.norm, "clip_factor": i.clip_factor,
-                 "weight": i.weight} for i in manifest.included
-            ]
-            row["excluded"] = [{"site": names[e.site], "reason": e.reason} for e in manifest.excluded]
-    return [rounds[number] for number in sorted(rounds)]
+                 "weight": i.weight} for i in (manifest.included if manifest else ())
+            ],
+            "excluded": [{"site": names[e.site], "reason": e.reason} for e in (manifest.excluded if manifest else ())],
+            "scores": {names[i]: score / BPS for i, score in record.scores.items()}, "test_macro_f1": None,
+        })
+    return rows
 
 
 def measure_gas(contract: SwarmContract, run: int, names: Mapping[int, str]) -> dict[str, Any]:

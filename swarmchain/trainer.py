@@ -1,15 +1,22 @@
 """One site's local training for one round, read top to bottom; same seed, same bytes.
 
 A contribution is a pure function of (parent checkpoint, local data, spec, round, site). No optimiser state survives a
-round, so a restarted site reproduces the same bytes. PyTorch's results depend on the number of threads and on the
+round, so a restarted site reproduces the same bytes; a training that takes long is written down as it goes, and goes on
+from there with the same bytes (`Resume`). PyTorch's results depend on the number of threads and on the
 CPU; that is no harm, for nobody else ever recomputes a site's training.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +24,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from swarmchain.config import write_file
 from swarmchain.data import SiteData, standardize
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.model import build_model, load_parameters, predict_probabilities, read_parameters
 from swarmchain.protocol import derive_seed
-from swarmchain.spec import CellTypeSpec
+from swarmchain.spec import CellTypeSpec, compute_spec_digest
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -38,6 +46,62 @@ class TrainingSet:
     train: npt.NDArray[np.int64]
     validation: npt.NDArray[np.int64]
     draw: npt.NDArray[np.float64]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that training reads."""
+        parts = (self.x.numpy(), self.y.numpy(), self.train, self.draw)
+        return hashlib.sha256(b"".join(hashlib.sha256(p.tobytes()).digest() for p in parts)).hexdigest()
+
+
+@dataclass
+class Resume:
+    """Where a long local training writes its progress, at most every `pause_s` seconds of `clock`.
+
+    The file is bound to all that the result depends on: parent, spec, round, site and cells. Whatever is not exactly
+    such a file is passed over, and training starts from its first step.
+    """
+
+    folder: Path
+    pause_s: float
+    parent: str
+    clock: Callable[[], float] = time.monotonic
+    _last: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._last = self.clock()
+
+    def is_due(self) -> bool:
+        """Whether it is time to write again."""
+        return self.clock() - self._last >= self.pause_s
+
+    def write(self, identity: str, arrays: Arrays) -> None:
+        """Replace the file. Raises `ConfigError` if the folder cannot be written."""
+        buffer = io.BytesIO()
+        np.savez(buffer, identity=np.array(identity), **arrays)  # type: ignore[arg-type]
+        write_file(self._path, buffer.getvalue(), mode=0o600)
+        self._last = self.clock()
+
+    def exists(self) -> bool:
+        """Whether there is anything to read; asked first, since an identity takes a pass over all cells."""
+        return self._path.exists()
+
+    def read(self, identity: str) -> dict[str, npt.NDArray[Any]] | None:
+        """What was written under this identity, if anything."""
+        try:
+            with np.load(self._path, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        return arrays if str(arrays.pop("identity", "")) == identity else None
+
+    def discard(self) -> None:
+        """Remove the file: the contribution is done."""
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "training.npz"
 
 
 @dataclass(frozen=True)
@@ -78,13 +142,16 @@ def compute_learning_rate(spec: CellTypeSpec, round_id: int) -> float:
     return spec.training.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round_id: int, site: int) -> Contribution:
+def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round_id: int, site: int,
+                resume: Resume | None = None) -> Contribution:
     """Train from `parent` for the spec's number of steps.
 
     Parameters
     ----------
     parent
         Parameters by name; see `spec.parameter_layout`.
+    resume
+        Where progress is written and looked for. The result is the same with and without.
     """
     settings = spec.training
     seed = derive_seed("train", settings.seed, round_id, site)
@@ -99,17 +166,54 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
     )
     loss_function = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     batches = generator.choice(cells.train, size=(settings.steps, settings.batch_size), p=cells.draw)
-    losses = np.empty(settings.steps)
-    for step, rows in enumerate(batches):
+    losses = np.zeros(settings.steps)
+
+    def identify() -> str:
+        assert resume is not None
+        parts = (resume.parent, compute_spec_digest(spec), round_id, site, cells.fingerprint, torch.get_num_threads())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    start = 0
+    if resume is not None and resume.exists() and (found := resume.read(identify())):
+        start = _restore(model, optimizer, losses, found)
+    for step in range(start, settings.steps):
+        rows = batches[step]
         optimizer.zero_grad(set_to_none=True)
         loss = loss_function(model(cells.x[rows]), cells.y[rows])
         loss.backward()
         optimizer.step()
         losses[step] = float(loss.detach())
+        if resume is not None and resume.is_due():
+            resume.write(identify(), _save(model, optimizer, losses, step + 1))
 
+    if resume is not None:
+        resume.discard()
     deltas = {name: value - parent[name] for name, value in read_parameters(model).items()}
     tail = losses[-max(1, settings.steps // 4) :]
     return Contribution(deltas=deltas, samples=len(cells.train), metrics={"loss": round(float(tail.mean()), 6)})
+
+
+def _save(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[np.float64], step: int) -> Arrays:
+    """All that the steps to come depend on, as arrays: parameters, Adam's moments, the state of the random numbers."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "step": np.array(step), "losses": losses, "random": torch.get_rng_state().numpy()}
+    for name, parameter in model.named_parameters():
+        arrays[f"parameter.{name}"] = parameter.detach().numpy()
+        for key, value in optimizer.state[parameter].items():
+            arrays[f"{key}.{name}"] = value.numpy()
+    return arrays
+
+
+def _restore(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[np.float64], arrays: Arrays) -> int:
+    """Undo `_save`; returns the number of steps that are done."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(arrays[f"parameter.{name}"]))
+            optimizer.state[parameter] = {
+                key: torch.from_numpy(arrays[f"{key}.{name}"].copy()) for key in ("step", "exp_avg", "exp_avg_sq")}
+    losses[:] = arrays["losses"]
+    torch.set_rng_state(torch.from_numpy(arrays["random"].copy()))
+    return int(arrays["step"])
 
 
 def score_checkpoint(parameters: Arrays, cells: TrainingSet, spec: CellTypeSpec) -> float | None:

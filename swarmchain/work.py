@@ -6,25 +6,22 @@ Knows the run's tensors and the site's cells, and neither keys nor transactions:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from swarmchain.certify import NO_PARENT, Arrays, Certified, certify, gather
+from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_one
 from swarmchain.checkpoint import encode_tensors
 from swarmchain.config import SiteConfig
-from swarmchain.data import SiteData, compute_standardization, compute_statistics, load_site_data
 from swarmchain.errors import SpecError, SwarmError
-from swarmchain.protocol import RoundKey, RunView
-from swarmchain.spec import (
-    CellTypeSpec,
-    Spec,
-    StatisticsSpec,
-    contribution_layout,
-)
+from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
+from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec, contribution_layout
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
+from swarmchain.tasks import Assignment, CellTypeTask, RehearsalTask, StatisticsTask, Task, start_parent
 
 
 class RunWork:
     """All that one site does for one run, over the tensors and cells of that run.
+
+    Contributions of others that were found good are kept until the round is over, so that each is fetched and hashed
+    once, as it arrives.
 
     Parameters
     ----------
@@ -43,32 +40,22 @@ class RunWork:
         self.site = site
         self.spec_digest = view.spec
         self.spec = read_spec(store, view.spec)
-        self.data: SiteData = load_site_data(config, self.spec)
-        self._parent: tuple[str, Arrays] = (NO_PARENT, {})
-        self._cells: Any = None
-        if isinstance(self.spec, CellTypeSpec):
-            check_statistics(self.spec, view_run(self.spec.statistics.run))
-            self._cells = self._prepare(self.spec, config.agent.threads)
+        self._folder = config.work_dir / "training" / str(view.run)
+        self._parent: tuple[str, Arrays] = ("", {})
+        self._round: RoundKey | None = None
+        self._good: dict[int, Gathered] = {}
+        self.task = self._prepare(config, view_run)
 
-    def _prepare(self, spec: CellTypeSpec, threads: int) -> Any:
-        """Standardised cells; also checks that the seed checkpoint stands on the statistics that the spec names."""
-        import torch
-
-        from swarmchain.trainer import prepare_training
-
-        torch.set_num_threads(threads)
-        source = load_statistics_source(self.store, spec)
-        statistics = read_checkpoint(self.store, spec.statistics.checkpoint, source)
-        constants = compute_standardization(statistics, source.panel.features, spec.panel)
-        seed = read_checkpoint(self.store, spec.seed_checkpoint, spec)
-        for name, expected in constants.items():
-            if seed[name].tobytes() != expected.tobytes():
-                raise SpecError(
-                    f"the seed checkpoint's {name} is not what the statistics run {spec.statistics.run} gives",
-                    hint="do not join this run: whoever proposed it changed the standardisation",
-                )
-        rows = [source.labels.index(label) for label in spec.labels]
-        return prepare_training(self.data, spec, constants, statistics["cells_per_label"][rows])
+    def _prepare(self, config: SiteConfig, view_run: Callable[[int], RunView]) -> Task:
+        if isinstance(self.spec, RehearsalSpec):
+            return RehearsalTask(self.spec)
+        if isinstance(self.spec, StatisticsSpec):
+            return StatisticsTask(config, self.spec)
+        check_statistics(self.spec, view_run(self.spec.statistics.run))
+        source = load_statistics_source(self.store, self.spec)
+        statistics = read_checkpoint(self.store, self.spec.statistics.checkpoint, source)
+        seed = read_checkpoint(self.store, self.spec.seed_checkpoint, self.spec)
+        return CellTypeTask(config, self.spec, (source, statistics), seed)
 
     def read_parent(self, view: RunView) -> tuple[str, Arrays]:
         """Digest and tensors of the checkpoint that the newest round starts from.
@@ -79,43 +66,58 @@ class RunWork:
             return NO_PARENT, {}
         if view.finalized_round == view.round_id and view.round_id > 0:
             digest = read_manifest(self.store, view.manifest).parent
+        elif view.finalized_round:
+            digest = view.checkpoint
         else:
-            digest = view.checkpoint if view.finalized_round else self.spec.seed_checkpoint
+            digest = self.spec.seed_checkpoint if isinstance(self.spec, CellTypeSpec) else NO_PARENT
         if self._parent[0] != digest:
-            self._parent = (digest, read_checkpoint(self.store, digest, self.spec))
+            tensors = start_parent(self.spec) if isinstance(self.spec, RehearsalSpec) and digest == NO_PARENT \
+                else read_checkpoint(self.store, digest, self.spec)
+            self._parent = (digest, tensors)
         return self._parent
 
-    def contribute(self, view: RunView) -> tuple[bytes, int, dict[str, float]]:
+    def contribute(self, view: RunView, key: RoundKey) -> tuple[bytes, int, dict[str, float]]:
         """Bytes of this site's contribution, its number of training cells, and remarks."""
-        layout = contribution_layout(self.spec)
-        if isinstance(self.spec, StatisticsSpec):
-            tensors: Arrays = compute_statistics(self.data, labels=len(self.spec.labels))
-            return encode_tensors(tensors, layout), len(self.data.train), {}
-        from swarmchain.trainer import train_round
+        assignment = Assignment(key, self.site, self.read_parent(view), self._folder)
+        tensors, samples, metrics = self.task.contribute(assignment)
+        return encode_tensors(tensors, contribution_layout(self.spec)), samples, metrics
 
-        _, parent = self.read_parent(view)
-        found = train_round(parent, self._cells, self.spec, round_id=view.round_id, site=self.site)
-        return encode_tensors(found.deltas, layout), found.samples, found.metrics
+    def check(self, view: RunView, key: RoundKey, site: int) -> Reason | None:
+        """Fetch what a committed site disclosed; None if it is good, else what is wrong with it by now."""
+        self._enter(key)
+        if site in self._good:
+            return None
+        found = gather_one(self.store, view.commitments[site], self.spec, key=key, site=site)
+        if isinstance(found, Gathered):
+            self._good[site] = found
+            return None
+        return found
 
     def certify(self, view: RunView, key: RoundKey, *, only: frozenset[int] | None = None) -> Certified | None:
-        """Recompute the round's merge from what lies in the store; None if nothing usable does."""
-        gathered = gather(self.store, view, self.spec, key=key, only=only)
-        if not gathered[0]:
+        """Recompute the round's merge from what lies in the store; None if nothing usable does.
+
+        Parameters
+        ----------
+        only
+            Count these sites alone: to recompute a manifest that others agreed on.
+        """
+        sites = sorted(view.committed if only is None else only & view.committed)
+        reasons = {site: self.check(view, key, site) for site in sites}
+        counted = [self._good[site] for site in sites if reasons[site] is None]
+        excluded = [Excluded(site=site, commitment=view.commitments[site], reason=reason)
+                    for site, reason in reasons.items() if reason is not None]
+        if not counted:
             return None
-        return certify(self.spec, self.read_parent(view), gathered, key=key, spec_digest=self.spec_digest,
+        return certify(self.spec, self.read_parent(view), (counted, excluded), key=key, spec_digest=self.spec_digest,
                        rejections=view.rejections)
 
     def judge(self, certified: Certified, view: RunView) -> tuple[bool, float | None]:
         """Whether the checkpoint passes this site's gate, and its macro-F1 on the site's validation cells."""
-        if isinstance(self.spec, StatisticsSpec):
-            return True, None
-        from swarmchain.trainer import score_checkpoint
+        return self.task.judge(certified.tensors, self.read_parent(view)[1])
 
-        score = score_checkpoint(certified.tensors, self._cells, self.spec)
-        if score is None:
-            return True, None
-        before = score_checkpoint(self.read_parent(view)[1], self._cells, self.spec) or 0.0
-        return score >= before - self.spec.gate.score_drop_max, score
+    def _enter(self, key: RoundKey) -> None:
+        if key != self._round:
+            self._round, self._good = key, {}
 
 
 def load_statistics_source(store: Store, spec: CellTypeSpec) -> StatisticsSpec:

@@ -17,23 +17,21 @@ from hypothesis import strategies as st
 from swarmchain.checkpoint import compute_size, decode_tensors, digest_tensors, encode_tensors
 from swarmchain.config import DataConfig, read_site_config, render_site_toml
 from swarmchain.data import choose_validation, normalize, read_cells
-from swarmchain.duties import Duty, Memory, decide
 from swarmchain.errors import (
     BlobMissing,
     CheckpointError,
     ConfigError,
     DataError,
-    JournalError,
     KeystoreError,
     OpeningError,
     SpecError,
     StoreError,
+    StoreUnreachable,
 )
-from swarmchain.journal import Journal
 from swarmchain.keys import create_keystore, open_keystore
 from swarmchain.merge import Input, compute_weights, merge_deltas
-from swarmchain.protocol import Opening, Outcome, Phase, RoundKey, RunView, Terms, encode_canonical, parse_opening
-from swarmchain.spec import Limits, Merge, Normalization, parse_spec
+from swarmchain.protocol import Opening, RoundKey, encode_canonical, parse_opening
+from swarmchain.spec import Merge, Normalization, parse_spec
 from swarmchain.store import Store
 
 LAYOUT = {"a": ("float32", (3, 2)), "b": ("int64", (4,))}
@@ -150,6 +148,35 @@ def test_invalid_store_blob(tmp_path: Path) -> None:
         store.has_blob("../../etc/passwd")
 
 
+def test_store_puts_right_what_somebody_put_in_the_place_of_an_opening_or_a_blob(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    digest = store.put_blob(b"hello")
+    next(tmp_path.rglob(digest)).write_bytes(b"garbage")
+    store.put_opening(ZERO, b"squatter")
+    assert store.restore_blob(b"hello") == digest
+    store.put_opening(ZERO, b"mine")
+    assert store.get_blob(digest, bytes_max=5) == b"hello"
+    assert store.get_opening(ZERO) == b"mine"
+
+
+def test_invalid_store_that_was_unmounted(tmp_path: Path) -> None:
+    """An empty mount point must not look like a store whose blobs are missing, nor be written to."""
+    (tmp_path / "store").mkdir()
+    store = Store(str(tmp_path / "store"))
+    digest = store.put_blob(b"hello")
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    for mounted in (False, True):
+        if mounted:
+            (tmp_path / "store").mkdir()
+        for act in (lambda: store.get_blob(digest, bytes_max=5), lambda: store.put_blob(b"x"),
+                    lambda: store.has_opening(ZERO)):
+            with pytest.raises(StoreUnreachable, match="is gone"):
+                act()
+    (tmp_path / "store").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "store")
+    assert store.get_blob(digest, bytes_max=5) == b"hello"
+
+
 def test_invalid_store_that_is_full_or_read_only() -> None:
     with pytest.raises(StoreError, match="is no folder"):
         Store("/nowhere/at/all")
@@ -161,9 +188,9 @@ def test_invalid_store_that_is_full_or_read_only() -> None:
 def test_invalid_store_on_a_full_disk(tmp_path: Path) -> None:
     """A file-size limit makes the kernel refuse a write half-way, as a full disk does; nothing half-written stays."""
     script = (
-        "import resource, sys\nfrom swarmchain.store import Store\nfrom swarmchain.errors import StoreError\n"
+        "import resource, sys\nfrom swarmchain.store import Store\nfrom swarmchain.errors import StoreFull\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try:\n    Store(sys.argv[1]).put_blob(bytes(5000))\nexcept StoreError as exc:\n    print(exc.message)\n"
+        "try:\n    Store(sys.argv[1]).put_blob(bytes(5000))\nexcept StoreFull as exc:\n    print(exc.message)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert "cannot write blob" in done.stdout, done.stderr
@@ -171,92 +198,7 @@ def test_invalid_store_on_a_full_disk(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-# -- journal
-
 KEY = RoundKey(31337, "0x" + "1" * 40, 1, 1)
-
-
-def open_journal(folder: Path, address: str = "0xa") -> Journal:
-    return Journal(folder, chain_id=31337, contract=KEY.contract, address=address)
-
-
-def test_journal_remembers_over_a_restart(tmp_path: Path) -> None:
-    from swarmchain.protocol import compute_digest
-
-    opening = Opening(digest=compute_digest(b"x"), samples=3, salt=ZERO, metrics={"loss": 0.5})
-    journal = open_journal(tmp_path)
-    journal.record_contribution(KEY, opening, b"x")
-    journal.close()
-    journal = open_journal(tmp_path)
-    assert journal.get_contribution(KEY) == opening
-    assert journal.read_contribution(opening) == b"x"
-    with pytest.raises(JournalError, match="already promised"):
-        journal.record_contribution(KEY, opening.model_copy(update={"samples": 4}), b"x")
-    journal.close()
-    assert (tmp_path / "journal.sqlite").stat().st_mode & 0o077 == 0
-    with pytest.raises(JournalError, match="belongs to"):
-        open_journal(tmp_path, address="0xb")
-
-
-# -- duties
-
-
-def make_view(**changes: object) -> RunView:
-    everyone = frozenset({0, 1, 2})
-    values: dict[str, object] = {
-        "run": 1, "spec": ZERO, "terms": Terms(100, 50, 2), "proposer": 0, "joined": everyone,
-        "successor": "", "round_id": 1, "phase": Phase.COMMIT, "outcome": Outcome.PENDING, "commit_deadline": 100,
-        "vote_deadline": 150, "quorum": 2, "members": everyone, "expected": everyone, "committed": frozenset(),
-        "voted": frozenset(), "rejecting": frozenset(), "finalized_round": 0, "checkpoint": ZERO, "manifest": ZERO,
-        "head": ZERO, "failures": 0, "rejections": 0, "commitments": {}, "now": 10,
-    }
-    return RunView(**{**values, **changes})  # type: ignore[arg-type]
-
-
-ALL = frozenset({0, 1, 2})
-VOTING = {"phase": Phase.VOTE, "committed": ALL, "commit_deadline": 10}
-CLOSED = {"phase": Phase.CLOSED, "outcome": Outcome.FINALIZED, "committed": ALL, "voted": ALL}
-
-
-@pytest.mark.parametrize(
-    ("changes", "memory", "duty"),
-    [
-        ({}, {}, Duty.CONTRIBUTE),
-        ({"committed": frozenset({0})}, {}, Duty.WAIT),
-        ({"joined": frozenset({1, 2})}, {}, Duty.WAIT),
-        ({"members": frozenset({1, 2})}, {}, Duty.WAIT),
-        (VOTING, {}, Duty.PUBLISH),
-        (VOTING, {"published": True}, Duty.WAIT),
-        (VOTING, {"published": True, "available": ALL}, Duty.VOTE),
-        (VOTING, {"published": True, "available": frozenset({0, 1})}, Duty.WAIT),
-        (VOTING, {"published": True, "available": frozenset({0, 1}), "withheld": frozenset({2})}, Duty.VOTE),
-        ({**VOTING, "now": 41}, {"published": True, "available": frozenset({0, 1})}, Duty.VOTE),
-        ({**VOTING, "now": 41}, {"published": True, "available": frozenset({0})}, Duty.WAIT),
-        (VOTING, {"published": True, "available": ALL, "weighed": 2}, Duty.VOTE),
-        (VOTING, {"published": True, "available": ALL, "weighed": 3}, Duty.WAIT),
-        (CLOSED, {"published": True}, Duty.VOTE),
-        ({**CLOSED, "now": 151}, {"published": True}, Duty.VERIFY),
-        (CLOSED, {"published": True, "weighed": 3, "voted_manifest": "ee" * 32}, Duty.VERIFY),
-        (CLOSED, {"published": True, "weighed": 3, "voted_manifest": ZERO}, Duty.WAIT),
-        (CLOSED, {"recomputed": True, "quiet_s": 0.0}, Duty.WAIT),
-        (CLOSED, {"recomputed": True, "quiet_s": 4.0}, Duty.OPEN),
-        ({**CLOSED, "committed": frozenset({1, 2})}, {"recomputed": True}, Duty.ANNOUNCE),
-        ({**CLOSED, "round_id": 9}, {"recomputed": True}, Duty.DONE),
-        ({"phase": Phase.CLOSED, "outcome": Outcome.EXPIRED, "failures": 4}, {}, Duty.DONE),
-        ({"phase": Phase.NONE, "round_id": 0, "joined": frozenset({0, 1})}, {"quiet_s": 99.0}, Duty.WAIT),
-        ({"phase": Phase.NONE, "round_id": 0}, {}, Duty.OPEN),
-    ],
-)
-def test_duty_table(changes: dict[str, object], memory: dict[str, object], duty: Duty) -> None:
-    limits = Limits(rounds=9, sites_to_start=3)
-    assert decide(make_view(**changes), limits, Memory(**memory), site=0) is duty  # type: ignore[arg-type]
-
-
-def test_statistics_end_with_their_first_checkpoint() -> None:
-    view = make_view(**CLOSED, round_id=1, finalized_round=1)
-    limits = Limits(rounds=9, sites_to_start=3, one_checkpoint=True)
-    assert decide(view, limits, Memory(recomputed=True), site=0) is Duty.DONE
-
 
 # -- data
 

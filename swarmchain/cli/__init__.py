@@ -16,7 +16,8 @@ from swarmchain.cli.site import site
 from swarmchain.cli.status import status
 from swarmchain.errors import SwarmError
 
-EPILOG = "Exit codes: 0 done, 1 something to mend, 2 wrong usage, 3 chain or store unreachable (try again)."
+EPILOG = ("Exit codes: 0 done, 1 something to mend, 2 wrong usage, 3 chain or store unreachable (try again), "
+          "4 a run ended without reaching its goal, 5 a merge does not recompute (do not go on).")
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

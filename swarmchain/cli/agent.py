@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, example, json_option, load, site_option, stop_on_signals, unlock
+from swarmchain.cli.common import example, json_option, load, site_option, stop_on_signals, unlock
+from swarmchain.config import require_paths
+from swarmchain.keys import lock_keystore
 
 
 @click.command(epilog=example("swarmchain agent --site north/site.toml --run 1"))
@@ -18,46 +20,68 @@ from swarmchain.cli.common import connect, example, json_option, load, site_opti
               help="Work on this run and end with it; repeatable. Default: every run the site joined, for good.")
 @json_option
 def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
-    """Do one site's duties: train, commit, merge, vote. Safe to stop and to start again at any time."""
+    """Do one site's duties: train, commit, merge, vote. Safe to kill and to start again at any moment."""
     stopping = stop_on_signals()
     config = load(site_file)
-    signer = unlock(config)
-    contract = connect(config)
+    require_paths(config)
+    path = config.resolve(config.keys.keystore)
 
     from swarmchain.agent import Agent
+    from swarmchain.site import open_site
+    from swarmchain.store import Store
 
     def log(event: dict[str, Any]) -> None:
-        click.echo(json.dumps({"time": round(time.time(), 3), **event}) if as_json else _in_words(event))
+        click.echo(json.dumps({"time": round(time.time(), 3), **event}) if as_json else describe_event(event))
 
-    worker = Agent(config, signer, contract, log=log)
-    log({"event": "started", "site": worker.site, "name": config.name, "address": signer.address})
-    try:
-        worker.run(runs, stopping=stopping)
-    finally:
-        worker.close()
+    with lock_keystore(path), open_site(config, unlock(config)) as site:
+        store = Store(config.store_url)
+        store.require_writable()
+        log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
+             "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})
+        Agent(site, store, log=log).run(runs, stopping=stopping)
 
 
 WORDS = {
-    "started": "{name}: site {site}, {address}, at work",
-    "run": "{cells_train} training and {cells_validation} validation cells, {features} features of the panel",
+    "started": "{name}: site {site}, {address}, at work; {client}, profile {profile}",
+    "run": "takes part: {told}",
     "opened": "opened",
+    "announced": "announced: wait for this site in the next round",
     "committed": "committed a contribution from {samples} cells",
+    "too slow": "TOO SLOW: training takes {needs_s:.0f} s, a round waits {window_s:.0f} s",
+    "published": "disclosed its contribution",
+    "lost": "cannot disclose its contribution: {reason}",
     "voted": "{verb} checkpoint {checkpoint:.12}…{told}",
     "verified": "recomputed checkpoint {checkpoint:.12}…, the same as on chain",
     "MISMATCH": "MISMATCH: recomputed {checkpoint}, on chain is {on_chain}",
     "unverifiable": "cannot recompute checkpoint {on_chain:.12}…: the store lacks contributions of sites {missing}",
-    "too few": "cannot vote: of {openings} openings fewer than {needed} are of use",
+    "too few": "cannot vote: {openings} contributions are of use, {needed} are needed",
     "refused": "looks again: {reason}",
     "unreachable": "waits: {reason}",
-    "ended": "ended: {reason}; this site holds checkpoint {checkpoint}",
+    "stalled": "the chain stands still: {reason} ({node})",
+    "cannot": "cannot take part: {reason}",
+    "ended": "ended: {reason}; {told}; this site holds checkpoint {checkpoint}",
 }
 
 
-def _in_words(event: dict[str, Any]) -> str:
+def describe_event(event: dict[str, Any]) -> str:
+    """One event as a line for a person."""
+    kind = event["event"]
     where = f"run {event['run']}  " if "run" in event else ""
-    if "round" in event and event["event"] != "ended":
+    if "round" in event and kind != "ended":
         where = where.rstrip() + f" round {event['round']:>3}  "
-    score = event.get("score")
-    told = "" if score is None else f", validation macro-F1 {score:.3f}"
     verb = "accepts" if event.get("accept") else "REJECTS"
-    return where + WORDS[event["event"]].format(**{**event, "told": told, "verb": verb})
+    return where + WORDS[kind].format(**{**event, "told": _describe_details(event), "verb": verb})
+
+
+def _describe_details(event: dict[str, Any]) -> str:
+    if event["event"] == "run":
+        known = {"cells_train": "training cells", "cells_validation": "validation cells", "features": "features",
+                 "parameters": "parameters"}
+        return ", ".join(f"{event[key]} {words}" for key, words in known.items() if key in event)
+    if event["event"] == "ended":
+        parts = [", ".join(f"{n} rounds {outcome}" for outcome, n in event["rounds"].items())]
+        parts += [f"{name} left out of {n} ({reason})" for name, reasons in event["left_out"].items()
+                  for reason, n in reasons.items()]
+        return "; ".join(parts)
+    score = event.get("score")
+    return "" if score is None else f", validation macro-F1 {score:.3f}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swarmchain.config import SiteConfig, read_deployment, read_site_config
+from swarmchain.config import SiteConfig, read_site_config
 from swarmchain.errors import KeystoreError
 from swarmchain.keys import Signer, find_password, open_keystore
 
@@ -48,12 +48,10 @@ def unlock_keystore(path: Path, password: str | None) -> Signer:
 
 
 def connect(config: SiteConfig) -> SwarmContract:
-    """The consortium's contract, as the site's settings name it."""
-    from swarmchain.chain import SwarmContract
-    from swarmchain.node import Node
+    """The consortium's contract, as the site's settings name it, to read from."""
+    from swarmchain.site import open_contract
 
-    deployment = read_deployment(config.resolve(config.chain.deployment))
-    return SwarmContract(Node(config.rpc_url, timeout_s=config.chain.timeout_s), deployment)
+    return open_contract(config)
 
 
 def load(site_file: Path) -> SiteConfig:

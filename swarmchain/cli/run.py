@@ -75,6 +75,27 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
                f"seed checkpoint {spec.seed_checkpoint[:12]}… is in the store")
 
 
+@new.command(epilog=example("swarmchain run new rehearsal --sites 3 --rounds 5 --out rehearsal.json"))
+@click.option("--sites", type=click.IntRange(1, 256), required=True, help="Sites that the first round waits for.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds to run.")
+@click.option("--width", "widths", type=click.IntRange(min=1), multiple=True, default=(2000, 256, 10),
+              show_default=True, help="Width of a layer, from inputs to outputs; repeatable.")
+@click.option("--name", default="rehearsal", show_default=True, help="What the sites call it.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random contributions.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
+def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed: int, out: Path) -> None:
+    """A run without cells, to try chain, store and merge with random numbers of a model's size."""
+    from swarmchain.spec import Limits, RehearsalSpec, encode_spec, parse_spec
+
+    if len(widths) < 2:
+        raise ConfigError("a model has at least two widths", hint="--width 2000 --width 10 is the smallest kind")
+    spec = RehearsalSpec(name=name, widths=widths, seed=seed, limits=Limits(rounds=rounds, sites_to_start=sites))
+    data = encode_spec(spec)
+    parse_spec(data)
+    write_file(out, data)
+    click.echo(f"wrote {out}: layers {' × '.join(map(str, widths))}, {rounds} rounds, no cells")
+
+
 @run.command(epilog=example("swarmchain run propose --site north/site.toml --spec training.json"))
 @site_option
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), required=True,
@@ -91,6 +112,7 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
 def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: int, sites_min: int, quorum: float,
             as_json: bool) -> None:
     """Put a spec into the store and its digest on chain. It binds nobody until they join, the proposer included."""
+    from swarmchain.site import open_site
     from swarmchain.spec import encode_spec, parse_spec
     from swarmchain.store import Store
 
@@ -99,10 +121,10 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
         spec = parse_spec(spec_file.read_bytes())
     except OSError as exc:
         raise ConfigError(f"cannot read {spec_file}: {exc.strerror}", hint="`swarmchain run new` writes one") from exc
-    contract = connect(config)
-    digest = Store(config.store_url).put_blob(encode_spec(spec))
     terms = Terms(commit_window, vote_window, sites_min, round(quorum * 10_000))
-    number = contract.propose_run(unlock(config), spec=digest, terms=terms)
+    with open_site(config, unlock(config)) as site:
+        digest = Store(config.store_url).put_blob(encode_spec(spec))
+        number = site.contract.propose_run(site.signer, spec=digest, terms=terms)
     if as_json:
         print_json({"run": number, "spec": digest})
     else:
@@ -114,16 +136,16 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
 @site_option
 def join(number: int, site_file: Path) -> None:
     """Give this site's consent to a run, after checking that its data satisfy the spec."""
+    from swarmchain.site import open_site
     from swarmchain.store import Store
     from swarmchain.work import check_run
 
     config = load(site_file)
-    contract = connect(config)
-    signer = unlock(config)
-    index = contract.get_site_index(signer.address)
-    view = contract.view_run(number)
-    spec = check_run(config, Store(config.store_url), view, site=index, view_run=contract.view_run)
-    contract.join_run(signer, number)
+    with open_site(config, unlock(config)) as site:
+        contract = site.contract
+        view = contract.view_run(number)
+        spec = check_run(config, Store(config.store_url), view, site=site.index, view_run=contract.view_run)
+        contract.join_run(site.signer, number)
     click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
 

@@ -1,0 +1,180 @@
+"""What a site computes for a run, one class for each task of `spec`: its contributions, and its judgement of a merge.
+
+Knows tensors and cells, and neither chain, store, keys nor files of the run. A task with much to compute writes its
+progress into a folder of the site's own, so that a long local training survives a restart; what it returns does not
+depend on whether it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from swarmchain.config import SiteConfig
+from swarmchain.errors import SpecError
+from swarmchain.protocol import RoundKey, derive_seed
+from swarmchain.spec import CellTypeSpec, RehearsalSpec, StatisticsSpec, parameter_layout
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Judgement = tuple[bool, float | None]
+
+REHEARSAL_SAMPLES = 1_000
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one contribution is for: the round, the site, the parent's digest and tensors, and a folder for progress."""
+
+    key: RoundKey
+    site: int
+    parent: tuple[str, Arrays]
+    folder: Path
+
+
+class Task(Protocol):
+    """One task, ready for every round of its run."""
+
+    def describe(self) -> dict[str, int]:
+        """Numbers that a person wants to see: of cells, of features."""
+        ...
+
+    def contribute(self, assignment: Assignment) -> tuple[Arrays, int, dict[str, float]]:
+        """Tensors of this site's contribution, its number of training cells, and remarks."""
+        ...
+
+    def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
+        """Whether a merged checkpoint passes this site's gate, and its score on the site's validation cells."""
+        ...
+
+
+class StatisticsTask:
+    """Sums over the site's training cells; the same in every round."""
+
+    def __init__(self, config: SiteConfig, spec: StatisticsSpec) -> None:
+        from swarmchain.data import load_site_data
+
+        self._data = load_site_data(config, spec)
+        self._labels = len(spec.labels)
+
+    def describe(self) -> dict[str, int]:
+        """See `Task`."""
+        return _count(self._data)
+
+    def contribute(self, assignment: Assignment) -> tuple[Arrays, int, dict[str, float]]:
+        """See `Task`."""
+        from swarmchain.data import compute_statistics
+
+        return compute_statistics(self._data, labels=self._labels), len(self._data.train), {}
+
+    def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
+        """Sums are what they are."""
+        return True, None
+
+
+class CellTypeTask:
+    """Local training of the classifier.
+
+    Parameters
+    ----------
+    source
+        Spec and checkpoint of the statistics run that the training run stands on.
+    seed
+        The seed checkpoint.
+
+    Raises
+    ------
+    SpecError
+        If the seed checkpoint's standardisation is not what the statistics give.
+    DataError
+        If the site's data cannot serve the spec.
+    """
+
+    def __init__(self, config: SiteConfig, spec: CellTypeSpec, source: tuple[StatisticsSpec, Arrays], seed: Arrays
+                 ) -> None:
+        import torch
+
+        from swarmchain.data import compute_standardization, load_site_data
+        from swarmchain.trainer import prepare_training
+
+        torch.set_num_threads(config.agent.threads)
+        self._spec = spec
+        self._pause_s = config.agent.resume_s
+        self._data = load_site_data(config, spec)
+        source_spec, statistics = source
+        constants = compute_standardization(statistics, source_spec.panel.features, spec.panel)
+        for name, expected in constants.items():
+            if seed[name].tobytes() != expected.tobytes():
+                raise SpecError(
+                    f"the seed checkpoint's {name} is not what the statistics run {spec.statistics.run} gives",
+                    hint="do not join this run: whoever proposed it changed the standardisation",
+                )
+        rows = [source_spec.labels.index(label) for label in spec.labels]
+        self._cells = prepare_training(self._data, spec, constants, statistics["cells_per_label"][rows])
+
+    def describe(self) -> dict[str, int]:
+        """See `Task`."""
+        return _count(self._data)
+
+    def contribute(self, assignment: Assignment) -> tuple[Arrays, int, dict[str, float]]:
+        """See `Task`."""
+        from swarmchain.trainer import Resume, train_round
+
+        digest, parent = assignment.parent
+        resume = Resume(assignment.folder, pause_s=self._pause_s, parent=digest)
+        found = train_round(parent, self._cells, self._spec, round_id=assignment.key.round_id, site=assignment.site,
+                            resume=resume)
+        return found.deltas, found.samples, found.metrics
+
+    def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
+        """Accept unless macro-F1 on the site's validation cells falls by more than the gate allows."""
+        from swarmchain.trainer import score_checkpoint
+
+        score = score_checkpoint(merged, self._cells, self._spec)
+        if score is None:
+            return True, None
+        before = score_checkpoint(parent, self._cells, self._spec) or 0.0
+        return score >= before - self._spec.gate.score_drop_max, score
+
+
+class RehearsalTask:
+    """Random numbers of the model's size, the same for the same seed, round and site on every machine."""
+
+    def __init__(self, spec: RehearsalSpec) -> None:
+        self._spec = spec
+        self._layout = parameter_layout(spec)
+
+    def describe(self) -> dict[str, int]:
+        """See `Task`."""
+        return {"parameters": sum(int(np.prod(shape)) for _, shape in self._layout.values())}
+
+    def contribute(self, assignment: Assignment) -> tuple[Arrays, int, dict[str, float]]:
+        """Deltas in ±1/2, made from the generator's raw bits: no rounding, so equal on every CPU."""
+        seed = derive_seed("rehearsal", self._spec.seed, assignment.key.round_id, assignment.site)
+        bits = np.random.PCG64(seed)
+        deltas = {}
+        for name, (_, shape) in self._layout.items():
+            size = int(np.prod(shape))
+            words = bits.random_raw((size + 1) // 2).astype("<u8").view("<u4")[:size]
+            deltas[name] = ((words >> 8).astype(np.float32) * np.float32(2**-24) - np.float32(0.5)).reshape(shape)
+        return deltas, REHEARSAL_SAMPLES, {}
+
+    def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
+        """There is nothing to judge by."""
+        return True, None
+
+
+def start_parent(spec: StatisticsSpec | RehearsalSpec) -> Arrays:
+    """Tensors that the first round starts from where no seed checkpoint is named: none, or zeros."""
+    if isinstance(spec, StatisticsSpec):
+        return {}
+    return {name: np.zeros(shape, dtype) for name, (dtype, shape) in parameter_layout(spec).items()}
+
+
+def _count(data: Any) -> dict[str, int]:
+    return {"cells_train": len(data.train), "cells_validation": len(data.validation),
+            "features": int(data.present.sum())}
