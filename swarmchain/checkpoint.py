@@ -9,9 +9,11 @@ of a run's blobs follows from its spec, the reader knows every byte of the heade
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +73,7 @@ def decode_tensors(data: bytes | mmap.mmap, layout: Layout) -> dict[str, npt.NDA
     tensors: dict[str, npt.NDArray[np.generic]] = {}
     offset = len(header)
     for name, (dtype, shape) in sorted(layout.items()):
-        array = np.frombuffer(data, dtype=dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
+        array = np.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
         _require_finite(name, array)
         tensors[name] = array
         offset += _nbytes(dtype, shape)
@@ -93,9 +95,15 @@ def digest_tensors(tensors: Tensors, layout: Layout) -> str:
 
 
 def _encode_header(layout: Layout) -> bytes:
+    return _encode_entries(tuple(sorted(layout.items())))
+
+
+@lru_cache(maxsize=16)
+def _encode_entries(layout: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) -> bytes:
+    """The header; a site reads many contributions of one layout."""
     entries: dict[str, object] = {}
     offset = 0
-    for name, (dtype, shape) in sorted(layout.items()):
+    for name, (dtype, shape) in layout:
         end = offset + _nbytes(dtype, shape)
         entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -105,7 +113,7 @@ def _encode_header(layout: Layout) -> bytes:
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def _require_finite(name: str, array: npt.NDArray[np.generic]) -> None:

@@ -243,6 +243,21 @@ keystore = {keystore}
 # else SWARMCHAIN_PASSWORD in the environment, or a prompt
 {password_line}
 
+{data_section}[agent]
+# journal and own contributions
+work_dir = "work"
+# longest pause between two looks at the chain, in seconds
+poll_s = {poll_s}
+# how long the next site waits before it opens a round in another's place, in seconds
+stagger_s = {stagger_s}
+# CPU threads for training; keep it fixed, results depend on it
+threads = 1
+# how often a long local training is written down, to go on from there after a restart, in seconds
+resume_s = 30.0
+"""
+
+
+DATA_TOML = """\
 # leave this section out where only rehearsals run
 [data]
 # an AnnData file (.h5ad); it never leaves the site
@@ -257,17 +272,6 @@ state = "auto"
 # this site's label = the run's label; "" leaves those cells out
 [data.label_map]
 {label_map}
-[agent]
-# journal and own contributions
-work_dir = "work"
-# longest pause between two looks at the chain, in seconds
-poll_s = {poll_s}
-# how long the next site waits before it opens a round in another's place, in seconds
-stagger_s = {stagger_s}
-# CPU threads for training; keep it fixed, results depend on it
-threads = 1
-# how often a long local training is written down, to go on from there after a restart, in seconds
-resume_s = 30.0
 """
 
 
@@ -277,22 +281,23 @@ def render_site_toml(
     rpc_url: str,
     deployment: str,
     store: str,
-    data: str,
-    label_column: str,
+    data: str | None = None,
+    label_column: str = "",
     keystore: str = "keystore.json",
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
     poll_s: float = 0.5,
     stagger_s: float = 2.0,
 ) -> str:
-    """Text of an annotated site.toml. JSON strings are valid TOML strings."""
+    """Text of an annotated site.toml, without [data] where none are named. JSON strings are valid TOML strings."""
     quote = json.dumps
     password = f"password_file = {quote(password_file)}" if password_file else (
         '# password_file = "password.txt"'
     )
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
+    section = "" if data is None else DATA_TOML.format(
+        data=quote(data), label_column=quote(label_column), label_map=lines)
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
-        keystore=quote(keystore), password_line=password, data=quote(data), label_column=quote(label_column),
-        label_map=lines, poll_s=poll_s, stagger_s=stagger_s,
+        keystore=quote(keystore), password_line=password, data_section=section, poll_s=poll_s, stagger_s=stagger_s,
     )

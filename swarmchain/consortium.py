@@ -20,7 +20,6 @@ from typing import Any
 
 from swarmchain.chain import SwarmContract, deploy_contract
 from swarmchain.config import Deployment, SiteCard, read_site_config, render_site_toml, write_file
-from swarmchain.data import read_names
 from swarmchain.devchain import Devchain, start_devchain, stop_process
 from swarmchain.errors import SwarmError
 from swarmchain.keys import Signer, create_keystore, open_keystore
@@ -32,7 +31,16 @@ from swarmchain.store import Store
 # For throw-away keys of a demonstration: a keystore that opens in milliseconds.
 DEMO_WORK_LOG2 = 12
 PASSWORD_FILE = "password.txt"  # noqa: S105 - a file's name
+AGENT = ("-m", "swarmchain", "agent")
 TERMS = Terms(commit_window_s=120, vote_window_s=60, sites_min=2)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often local agents look, and how long they wait for the one whose turn it is, in seconds."""
+
+    poll_s: float = 0.1
+    stagger_s: float = 2.0
 
 
 @dataclass
@@ -50,6 +58,11 @@ class LocalSite:
     def toml(self) -> Path:
         """The site's settings."""
         return self.folder / "site.toml"
+
+    @property
+    def errors(self) -> Path:
+        """What the agent says when it fails."""
+        return self.folder / "agent.err"
 
     @property
     def log(self) -> Path:
@@ -89,17 +102,21 @@ class Consortium:
 
     def start_agents(self, runs: Sequence[int]) -> None:
         """One process for each site, working on `runs`."""
+        for site in self.sites:
+            self.start_agent(site, runs)
+
+    def start_agent(self, site: LocalSite, runs: Sequence[int], *, program: Sequence[str] = AGENT) -> None:
+        """A process for one site; `program` is what it runs, in front of the options of `swarmchain agent`."""
         chosen = [part for run in runs for part in ("--run", str(run))]
         # The user's own site may be named in the environment; these sites have their settings in their files.
         ambient = {key: value for key, value in os.environ.items() if not key.startswith("SWARMCHAIN_")}
         environment = {**ambient, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        for site in self.sites:
-            command = [sys.executable, "-m", "swarmchain", "agent", "--site", str(site.toml), "--json", *chosen]
-            with site.log.open("ab") as output, (site.folder / "agent.err").open("ab") as errors:
-                site.process = subprocess.Popen(
-                    command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL, text=True, env=environment,
-                    start_new_session=True,
-                )
+        command = [sys.executable, *program, "--site", str(site.toml), "--json", *chosen]
+        with site.log.open("ab") as output, site.errors.open("ab") as errors:
+            site.process = subprocess.Popen(
+                command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL, text=True, env=environment,
+                start_new_session=True,
+            )
 
     def stop_agents(self) -> None:
         """End every agent that still runs."""
@@ -123,7 +140,7 @@ class Consortium:
                 for event in site.read_new_events():
                     show(site.name, event)
                 if site.process is not None and site.process.poll() not in (None, 0):
-                    raise SwarmError(f"the agent of {site.name} failed: {_last_line(site.folder / 'agent.err')}",
+                    raise SwarmError(f"the agent of {site.name} failed: {_last_line(site.errors)}",
                                      hint=f"its whole output is in {site.folder}")
             if not running or (until is not None and until()):
                 return
@@ -134,16 +151,24 @@ class Consortium:
 
 @contextlib.contextmanager
 def start_consortium(
-    folder: Path, files: Mapping[str, Path], *, label_column: str, seed: int,
-    label_map: Mapping[str, str] | None = None,
+    folder: Path, files: Mapping[str, Path | None], *, seed: int, label_column: str = "",
+    label_map: Mapping[str, str] | None = None, pace: Pace = Pace(), chain_options: Sequence[str] = (),
 ) -> Iterator[Consortium]:
-    """A chain, a contract and sites with `files` (name → AnnData file), all under `folder`, while the context lasts."""
+    """A chain, a contract and sites, all under `folder`, while the context lasts.
+
+    Parameters
+    ----------
+    files
+        Name → AnnData file of each site; None for a site that has no cells.
+    chain_options
+        More options for Anvil's command line.
+    """
     store_folder = folder / "store"
     store_folder.mkdir(parents=True)
-    with start_devchain("anvil") as chain:
+    with start_devchain("anvil", options=chain_options) as chain:
+        cells = {"label_column": label_column, "label_map": dict(label_map or {})}
         sites = [
-            _make_site(folder, name, path, rpc_url=chain.rpc_url, label_column=label_column, seed=seed, rank=i,
-                       label_map=dict(label_map or {}))
+            _make_site(folder, name, path, rpc_url=chain.rpc_url, seed=seed, rank=i, cells=cells, pace=pace)
             for i, (name, path) in enumerate(files.items())
         ]
         node = Node(chain.rpc_url)
@@ -157,8 +182,8 @@ def start_consortium(
             consortium.stop_agents()
 
 
-def _make_site(folder: Path, name: str, data: Path, *, rpc_url: str, label_column: str, seed: int, rank: int,
-               label_map: dict[str, str]) -> LocalSite:
+def _make_site(folder: Path, name: str, data: Path | None, *, rpc_url: str, seed: int, rank: int,
+               cells: dict[str, Any], pace: Pace) -> LocalSite:
     home = folder / name.replace("/", "_")
     home.mkdir(parents=True)
     secret = hashlib.sha256(f"swarmchain demo key {seed} {rank}".encode()).digest()
@@ -166,13 +191,16 @@ def _make_site(folder: Path, name: str, data: Path, *, rpc_url: str, label_colum
     write_file(home / PASSWORD_FILE, password.encode() + b"\n", mode=0o600)
     create_keystore(home / "keystore.json", password, secret=secret, work_log2=DEMO_WORK_LOG2)
     text = render_site_toml(
-        name=name, rpc_url=rpc_url, deployment="../deployment.json", store="../store", data=str(data.resolve()),
-        label_column=label_column, password_file=PASSWORD_FILE, label_map=label_map, poll_s=0.05, stagger_s=2.0,
+        name=name, rpc_url=rpc_url, deployment="../deployment.json", store="../store",
+        data=None if data is None else str(data.resolve()), **cells, password_file=PASSWORD_FILE,
+        poll_s=pace.poll_s, stagger_s=pace.stagger_s,
     )
     write_file(home / "site.toml", text.encode())
     read_site_config(home / "site.toml")
-    features, labels = read_names(data, label_column)
-    renamed = sorted({label_map.get(label, label) for label in labels} - {""})
+    from swarmchain.data import read_names  # takes anndata, which a rehearsal does without
+
+    features, labels = ([], []) if data is None else read_names(data, cells["label_column"])
+    renamed = sorted({cells["label_map"].get(label, label) for label in labels} - {""})
     signer = open_keystore(home / "keystore.json", password)
     card = SiteCard(name=name, address=signer.address, features=tuple(features), labels=tuple(renamed))
     return LocalSite(name, home, signer, card)

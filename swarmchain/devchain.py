@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,15 +43,15 @@ class Devchain:
 
 
 @contextlib.contextmanager
-def start_devchain(engine: Engine = "anvil", *, port: int = 0, block_time_s: int = 0) -> Iterator[Devchain]:
-    """Run a dev chain while the context lasts; `port` 0 takes a free one.
+def start_devchain(engine: Engine = "anvil", *, port: int = 0, options: Sequence[str] = ()) -> Iterator[Devchain]:
+    """Run a dev chain while the context lasts; `port` 0 takes a free one, `options` go to Anvil as they are.
 
     Raises
     ------
     DevchainError
         If the engine is not installed, the port is taken, or no chain comes up.
     """
-    command = _build_command(engine, _require_free(port), block_time_s)
+    command = _build_command(engine, _require_free(port), options)
     # A session of its own: Ctrl-C in the terminal reaches us alone, and we stop it.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -109,11 +109,10 @@ def _node_modules() -> list[Path]:
     return [p / "node_modules" for start in starts for p in (start, *start.parents) if (p / "node_modules").is_dir()]
 
 
-def _build_command(engine: Engine, port: int, block_time_s: int) -> list[str]:
+def _build_command(engine: Engine, port: int, options: Sequence[str]) -> list[str]:
     if engine == "anvil":
-        blocks = ["--block-time", str(block_time_s)] if block_time_s else []
         return [str(find_anvil()), "--host", "127.0.0.1", "--port", str(port), "--gas-price", "0",
-                "--block-base-fee-per-gas", "0", *blocks]
+                "--block-base-fee-per-gas", "0", *options]
     node = shutil.which("node")
     if node is None:
         raise DevchainError("Node.js is not installed", hint="install Node 20 or later, or use --engine anvil")

@@ -22,6 +22,7 @@ from swarmchain.spec import Merge
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 _BLOCK = 4096
+_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,10 @@ def merge_deltas(
     bound = settings.clip_factor * statistics.median(norms)
     clips = [min(1.0, bound / norm) if norm > 0 else 1.0 for norm in norms]
     weights = compute_weights([item.samples for item in ordered], settings)
+    factors = [clip * weight for clip, weight in zip(clips, weights, strict=True)]
     merged = {name: np.asarray(tensor) for name, tensor in parent.items()}
     for name in sorted(ordered[0].tensors):
-        total = np.zeros(parent[name].shape, dtype=np.float64)
-        for item, clip, weight in zip(ordered, clips, weights, strict=True):
-            total += item.tensors[name].astype(np.float64) * (clip * weight)
+        total = _sum_scaled([item.tensors[name] for item in ordered], factors)
         merged[name] = (parent[name].astype(np.float64) + total * step_scale).astype(np.float32)
         if not np.isfinite(merged[name]).all():
             raise CheckpointError(f"the merge of {name} is not finite")
@@ -138,11 +138,37 @@ def compute_weights(samples: Sequence[int], settings: Merge) -> list[float]:
 def _sum_squares(tensor: npt.NDArray[Any]) -> list[float]:
     """Sums of squares whose total is the tensor's squared norm, reduced in a fixed order.
 
-    The flat tensor is cut into rows of `_BLOCK`; the rows are added to one another, element by element.
+    The flat tensor is cut into rows of `_BLOCK`; the rows are added to one another, element by element. Rows are squared
+    many at a time, and written where the last ones were: what counts is that they stay in the processor's cache.
     """
     flat = tensor.reshape(-1)
     total = np.zeros(_BLOCK, dtype=np.float64)
-    for start in range(0, flat.size, _BLOCK):
-        row = flat[start : start + _BLOCK].astype(np.float64)
-        total[: row.size] += row * row
-    return [float(value) for value in total[: min(_BLOCK, flat.size)]]
+    squares = np.empty(min(_ROWS * _BLOCK, flat.size), dtype=np.float64)
+    for start in range(0, flat.size, _ROWS * _BLOCK):
+        part = flat[start : start + _ROWS * _BLOCK]
+        piece = squares[: part.size]
+        piece[:] = part
+        np.multiply(piece, piece, out=piece)
+        for at in range(0, part.size, _BLOCK):
+            row = piece[at : at + _BLOCK]
+            total[: row.size] += row
+    return total[: min(_BLOCK, flat.size)].tolist()  # type: ignore[no-any-return]
+
+
+def _sum_scaled(tensors: Sequence[npt.NDArray[Any]], weights: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Σ tensor_i · weight_i in the order given, each product and each sum rounded once.
+
+    Element by element the tensors are added one after the other; the work is cut into pieces that stay in the
+    processor's cache while all tensors are added to them.
+    """
+    flats = [tensor.reshape(-1) for tensor in tensors]
+    total = np.zeros(flats[0].size, dtype=np.float64)
+    product = np.empty(min(_ROWS * _BLOCK, total.size), dtype=np.float64)
+    for start in range(0, total.size, _ROWS * _BLOCK):
+        sums = total[start : start + _ROWS * _BLOCK]
+        piece = product[: sums.size]
+        for flat, weight in zip(flats, weights, strict=True):
+            piece[:] = flat[start : start + sums.size]
+            np.multiply(piece, weight, out=piece)
+            sums += piece
+    return total.reshape(tensors[0].shape)

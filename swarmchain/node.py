@@ -80,7 +80,8 @@ class Node:
     def __init__(self, rpc_urls: str | Sequence[str], *, timeout_s: float = 10.0, profile: ProfileName = "auto"
                  ) -> None:
         self.endpoints = Endpoints([rpc_urls] if isinstance(rpc_urls, str) else rpc_urls, timeout_s=timeout_s)
-        self.web3 = Web3(self.endpoints)
+        # none of the usual middleware: it would ask for the chain id before every call, and `require` has seen to that
+        self.web3 = Web3(self.endpoints, middleware=[])
         self.profile = choose_profile(profile, self.client_version)
         if self.profile.has_long_extra_data:
             self.web3.middleware_onion.inject(ExtraDataToPOAMiddleware, layer=0)
