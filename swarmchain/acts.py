@@ -156,13 +156,14 @@ class Acts:
     def publish(self) -> None:
         """Disclose the contribution and its opening, and put right what was put in their place."""
         opening, commitment = self._promise(), self.view.commitments[self.site.index]
-        self.found.remember(published=True)
         if compute_commitment(self.found.key, self.site.index, opening) != commitment:
             self.say("lost", reason="the journal is gone, and training again gave another contribution")
+            self.found.remember(published=True)
             return
         with self.clock.measure("store"):
             self.store.restore_blob(self.site.journal.read_contribution(opening))
             self.store.put_opening(commitment, encode_canonical(opening))
+        self.found.remember(published=True)
         self.say("published")
 
     def vote(self) -> None:

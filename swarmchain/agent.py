@@ -211,14 +211,15 @@ class Agent:
         view, last = found.view, found.recheck.get(site)
         if last is not None and time.monotonic() < last.due:
             return last.reason
-        if last is None and not self.store.has_opening(view.commitments[site]):
+        is_own = site == self.site.index
+        if last is None and not is_own and not self.store.has_opening(view.commitments[site]):
             return "withheld"
         reason = found.work.check(view, found.key, site)
         if reason is None:
             found.recheck.pop(site, None)
             return None
         found.put_off(site, reason, pauses=RECHECK_S)
-        if site == self.site.index:
+        if is_own:
             # what this site disclosed was altered or removed: anyone can write to a store
             found.remember(published=False)
         return reason

@@ -162,7 +162,11 @@ class Store:
             self._fs.pipe_file(path, data)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not self._was_there:
+            for name in ("blobs", "openings"):
+                Path(self._root, name).mkdir(exist_ok=True)
+        # one level and no more: a store that was there and is gone is a mount point that lost its file system
+        target.parent.mkdir(exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             with temporary.open("wb") as file:
