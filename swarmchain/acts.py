@@ -12,7 +12,7 @@ from typing import Any
 
 from swarmchain.checkpoint import compute_size
 from swarmchain.duties import Duty, Memory
-from swarmchain.errors import MergeMismatch, RunFailed, StoreError, SwarmError
+from swarmchain.errors import JournalError, MergeMismatch, RunFailed, StoreError, SwarmError
 from swarmchain.history import Tally, count, read_rounds
 from swarmchain.journal import Ballot, Pace
 from swarmchain.protocol import (
@@ -161,10 +161,20 @@ class Acts:
             self.found.remember(published=True)
             return
         with self.clock.measure("store"):
-            self.store.restore_blob(self.site.journal.read_contribution(opening))
+            self.store.restore_blob(self._read_contribution(opening))
             self.store.put_opening(commitment, encode_canonical(opening))
         self.found.remember(published=True)
         self.say("published")
+
+    def _read_contribution(self, opening: Opening) -> bytes:
+        """The promised bytes; trained for again where they were discarded and the chain lost the rounds after."""
+        try:
+            return self.site.journal.read_contribution(opening)
+        except JournalError:
+            data, _, _ = self.work.contribute(self.view, self.found.key)
+            if compute_digest(data) != opening.digest:
+                raise
+            return data
 
     def vote(self) -> None:
         """Recompute the merge, judge it, put it into the store, write the vote down, cast it."""

@@ -24,6 +24,7 @@ from swarmchain.errors import ConfigError, JournalError
 from swarmchain.protocol import Opening, RoundKey, compute_digest
 
 SCHEMA = 2
+RECENT = 32
 LOCK_PAUSE_S = 0.05
 _TABLES = f"""
 begin immediate;
@@ -35,7 +36,7 @@ create table if not exists vote (
     primary key (run, round));
 create table if not exists transactions (
     address text, nonce integer, digest text primary key, purpose text, raw blob, call text, gas integer,
-    fees text, sent_at real);
+    fees text, sent_at real, is_settled integer default 0);
 create table if not exists pace (run integer primary key, train_s real, window_s real);
 pragma user_version = {SCHEMA};
 commit;
@@ -224,22 +225,32 @@ class Journal:
 
     def get_pending(self, address: str) -> list[Promised]:
         """Transactions of a key that were not seen in a block, in the order of their nonces and of signing."""
-        rows = self._db.execute(
-            "select address, nonce, digest, purpose, raw, call, gas, fees, sent_at from transactions "
-            "where address = ? order by nonce, sent_at", (address,)).fetchall()
+        return self._read_promised("address = ? and not is_settled", (address,))
+
+    def get_recent(self, address: str, *, from_nonce: int) -> list[Promised]:
+        """Transactions from a nonce on, whether or not they were seen in a block, in the same order."""
+        return self._read_promised("address = ? and nonce >= ?", (address, from_nonce))
+
+    def _read_promised(self, condition: str, values: tuple[object, ...]) -> list[Promised]:
+        columns = "address, nonce, digest, purpose, raw, call, gas, fees, sent_at"
+        query = f"select {columns} from transactions where {condition} order by nonce, sent_at"  # noqa: S608 - ours
+        rows = self._db.execute(query, values).fetchall()
         return [Promised(address, nonce, digest, purpose, raw, json.loads(call), gas, json.loads(fees), sent_at)
                 for address, nonce, digest, purpose, raw, call, gas, fees, sent_at in rows]
 
     def record_transaction(self, promised: Promised) -> None:
         """Write a signed transaction down, before it is sent."""
         p = promised
-        self._write("insert or replace into transactions values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        # what the chain once had under this nonce and later ones, it has lost
+        self._write("delete from transactions where address = ? and nonce >= ? and is_settled", (p.address, p.nonce))
+        self._write("insert or replace into transactions values (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                     (p.address, p.nonce, p.digest, p.purpose, p.raw, json.dumps(p.call), p.gas, json.dumps(p.fees),
                      p.sent_at))
 
     def settle_nonce(self, address: str, nonce: int) -> None:
-        """Forget the transactions of a nonce: one of them, or another of the key, is in a block."""
-        self._write("delete from transactions where address = ? and nonce <= ?", (address, nonce))
+        """One transaction of this nonce is in a block. The last ones are kept, should the chain lose blocks."""
+        self._write("update transactions set is_settled = 1 where address = ? and nonce <= ?", (address, nonce))
+        self._write("delete from transactions where address = ? and nonce <= ?", (address, nonce - RECENT))
 
     def forget_transaction(self, digest: str) -> None:
         """Forget a transaction that no node took."""

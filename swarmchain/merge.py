@@ -138,8 +138,8 @@ def compute_weights(samples: Sequence[int], settings: Merge) -> list[float]:
 def _sum_squares(tensor: npt.NDArray[Any]) -> list[float]:
     """Sums of squares whose total is the tensor's squared norm, reduced in a fixed order.
 
-    The flat tensor is cut into rows of `_BLOCK`; the rows are added to one another, element by element. Rows are squared
-    many at a time, and written where the last ones were: what counts is that they stay in the processor's cache.
+    The flat tensor is cut into rows of `_BLOCK`; the rows are added to one another, element by element. Some rows are
+    squared at a time, and written where the last ones were, so that they stay in the processor's cache.
     """
     flat = tensor.reshape(-1)
     total = np.zeros(_BLOCK, dtype=np.float64)

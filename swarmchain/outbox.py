@@ -52,10 +52,16 @@ class Outbox:
         """
         with self.journal.lock_sending(timeout_s=2 * self.node.profile.receipt_timeout_s):
             self._settle(signer)
-            for attempt in Retrying(retry=retry_if_exception_type(NonceTaken), stop=stop_after_attempt(TRIES_MAX),
-                                    wait=wait_fixed(0.05), reraise=True):
-                with attempt:
-                    promised = self._promise(signer, call, gas=gas, purpose=purpose)
+            try:
+                for attempt in Retrying(retry=retry_if_exception_type(NonceTaken), stop=stop_after_attempt(TRIES_MAX),
+                                        wait=wait_fixed(0.05), reraise=True):
+                    with attempt:
+                        promised = self._promise(signer, call, gas=gas, purpose=purpose)
+            except NonceTaken as exc:
+                raise ChainUnreachable(
+                    f"cannot send {purpose}: another transaction of this key waits under the same nonce",
+                    hint="does a process without this journal use the key?",
+                ) from exc
             return self._await(promised)
 
     def settle(self, signer: Signer) -> None:
@@ -72,13 +78,20 @@ class Outbox:
 
     def _settle(self, signer: Signer) -> None:
         pending = self.journal.get_pending(signer.address)
-        for promised in pending:
-            # of several of one nonce, the newest pays most; they are one promise
-            if promised.nonce >= self.node.get_nonce(signer.address):
-                if promised is next(p for p in reversed(pending) if p.nonce == promised.nonce):
-                    self._send_again(signer, promised)
-            else:
-                self.journal.settle_nonce(signer.address, promised.nonce)
+        if not pending:
+            return
+        nonce = self.node.get_nonce(signer.address)
+        self.journal.settle_nonce(signer.address, nonce - 1)
+        # a chain that lost blocks wants the earlier ones again, or it never takes in the later ones
+        recent = self.journal.get_recent(signer.address, from_nonce=nonce)
+        if recent and recent[0].nonce > nonce:
+            # one in between was not ours to send again: the contract shows what is missing, and it is done anew
+            for promised in recent:
+                self.journal.forget_transaction(promised.digest)
+            return
+        newest = {promised.nonce: promised for promised in recent}  # of several of one nonce, the last pays most
+        for promised in newest.values():
+            self._send_again(signer, promised)
 
     def _send_again(self, signer: Signer, promised: Promised) -> None:
         try:

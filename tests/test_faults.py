@@ -58,8 +58,8 @@ FATE = {
     ("OFFLINE", "start"): NO_CONTRIBUTION, ("OFFLINE", "commit"): "withheld", ("LATE", "commit"): NO_CONTRIBUTION,
     ("LIES_IN_OPENING", "publish"): "opening invalid", ("WITHHOLDS_BLOB", "publish"): "withheld",
     ("TRUNCATED_BLOB", "lasting"): "blob invalid", ("FLIPPED_BIT", "lasting"): "blob invalid",
-    ("COPYCAT", "publish"): "opening invalid", ("WRONG_SHAPE", "commit"): "blob invalid", ("NAN", "commit"): "blob invalid",
-    ("COPYCAT", "commit"): "opening invalid",
+    ("WRONG_SHAPE", "commit"): "blob invalid", ("NAN", "commit"): "blob invalid",
+    ("COPYCAT", "publish"): "opening invalid", ("COPYCAT", "commit"): "opening invalid",
 }
 
 

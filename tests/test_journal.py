@@ -52,6 +52,7 @@ def test_journal_settles_a_nonce_with_all_that_were_signed_for_it(tmp_path: Path
         journal.record_transaction(make_promise(nonce, digest))
     journal.settle_nonce("0xA", 4)
     assert [p.digest for p in journal.get_pending("0xA")] == ["cc"]
+    assert [p.digest for p in journal.get_recent("0xA", from_nonce=4)] == ["aa", "bb", "cc"]
     journal.forget_transaction("cc")
     assert journal.get_pending("0xA") == []
     journal.close()
