@@ -3,7 +3,7 @@
     python bench/soak.py [--sites 5] [--rounds 200] [--seed 0] [--json] [--write]
 
 A rehearsal of a small model runs twice with the same seed: undisturbed, and while a random agent is killed (SIGKILL)
-every few seconds, the chain every minute, and agents and chain at once twice. A supervisor starts again whatever is
+every 1 to 3 seconds, the chain every 15, and agents and chain at once twice. A supervisor starts again whatever is
 gone; the chain comes back with what it had written down, so it may lose its last second of blocks. Prints
 
 - `rounds_lost`: rounds that were not finalized;
@@ -38,7 +38,7 @@ from swarmchain.spec import Limits, RehearsalSpec
 
 # No deadline passes here: what is killed comes back within seconds, and every contribution is to be counted.
 TERMS = Terms(commit_window_s=86_400, vote_window_s=86_400, sites_min=2)
-AGENT_EVERY_S, CHAIN_EVERY_S = (2.0, 4.0), 60.0
+AGENT_EVERY_S, CHAIN_EVERY_S = (1.0, 3.0), 15.0
 ALL_AT = (1 / 3, 2 / 3)  # of the rounds
 TIMEOUT_S = 3_600.0
 

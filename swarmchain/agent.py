@@ -13,7 +13,17 @@ from dataclasses import dataclass, field, replace
 
 from swarmchain.acts import Following, Log, act
 from swarmchain.duties import Duty, Exclusions, Memory, decide
-from swarmchain.errors import ContractError, DataError, OpeningError, SpecError, StoreError, SwarmError, Unreachable
+from swarmchain.errors import (
+    ChainError,
+    ChainMismatch,
+    ContractError,
+    DataError,
+    OpeningError,
+    SpecError,
+    StoreError,
+    SwarmError,
+    Unreachable,
+)
 from swarmchain.protocol import Phase, Reason, RunView
 from swarmchain.site import Site
 from swarmchain.store import Store, read_manifest
@@ -76,7 +86,10 @@ class Agent:
         while not stopping():
             try:
                 is_busy = self._turn(runs)
-            except (Unreachable, StoreError) as exc:
+            except ChainMismatch:
+                raise
+            except (Unreachable, StoreError, ChainError) as exc:
+                # a node may also refuse: for want of funds, or until it has caught up
                 self.log({"event": "unreachable", "reason": exc.message, "hint": exc.hint})
                 sleep(self._failures.grow(), stopping=stopping)
                 continue

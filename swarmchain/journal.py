@@ -109,26 +109,23 @@ class Journal:
             self._require_schema()
             self._db.execute("pragma journal_mode = wal")
             self._db.execute("pragma synchronous = full")
-            if self._read_schema() == 0:
-                self._db.executescript(_TABLES)
+            self._db.executescript(_TABLES)
+            self._db.execute("insert into owner select ?, ?, ? where not exists (select 1 from owner)", owner)
             found = self._db.execute("select chain_id, contract, site from owner").fetchone()
-            if found is None:
-                self._db.execute("insert into owner values (?, ?, ?)", owner)
         except (OSError, sqlite3.Error) as exc:
             raise JournalError(f"cannot use the journal {self.path}: {exc}", hint="check [agent] work_dir") from exc
-        if found is not None and tuple(found) != owner:
+        if tuple(found) != owner:
             self.close()
             raise JournalError(
                 f"the journal {self.path} belongs to site {found[2]} of contract {found[1]} on chain {found[0]}",
                 hint="give every site and every contract a work_dir of its own",
             )
 
-    def _read_schema(self) -> int:
-        return int(self._db.execute("pragma user_version").fetchone()[0])
-
     def _require_schema(self) -> None:
-        schema = self._read_schema()
-        is_old = schema == 0 and self._db.execute("select count(*) from sqlite_master").fetchone()[0] > 0
+        # one statement, so that another process that is just creating the tables is seen before or after it
+        query = "select user_version, (select count(*) from sqlite_master) from pragma_user_version"
+        schema, tables = self._db.execute(query).fetchone()
+        is_old = schema == 0 and tables > 0
         if schema not in (0, SCHEMA) or is_old:
             self.close()
             age = "an older" if is_old or schema < SCHEMA else "a newer"

@@ -48,7 +48,7 @@ class Outbox:
         JournalError
             If it cannot be written down; then it is not sent.
         ChainError
-            If the chain refuses it; then it is forgotten.
+            If the chain refuses it at once; then it is forgotten.
         """
         with self.journal.lock_sending(timeout_s=2 * self.node.profile.receipt_timeout_s):
             self._settle(signer)
@@ -69,7 +69,7 @@ class Outbox:
 
         Raises
         ------
-        ChainUnreachable
+        ChainUnreachable, ChainError
             If one is not, for now.
         """
         if self.journal.get_pending(signer.address):
@@ -94,18 +94,22 @@ class Outbox:
             self._send_again(signer, promised)
 
     def _send_again(self, signer: Signer, promised: Promised) -> None:
+        is_refused = False
         try:
-            self._broadcast(promised)
+            self.node.broadcast(promised.raw)
         except NonceTaken:
             pass  # known or in a block: that is what we want
         except ContractError:
             pass  # Hardhat tells a revert at once, and puts the transaction into a block all the same
-        if self.node.get_receipt(promised.digest) is None and self._is_stuck(promised):
-            promised = self._raise_fee(signer, promised)
+        except ChainError as exc:
+            is_refused, refusal = True, exc
+        if self.node.get_receipt(promised.digest) is None:
+            is_stuck = is_refused or self._now() - promised.sent_at >= RAISE_FEE_AFTER_S
+            if is_stuck and "maxFeePerGas" in promised.fees:
+                promised = self._raise_fee(signer, promised)
+            elif is_refused:
+                raise refusal
         self._await(promised)
-
-    def _is_stuck(self, promised: Promised) -> bool:
-        return "maxFeePerGas" in promised.fees and self._now() - promised.sent_at >= RAISE_FEE_AFTER_S
 
     def _raise_fee(self, signer: Signer, promised: Promised) -> Promised:
         present = self.node.read_fees()

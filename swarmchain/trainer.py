@@ -89,7 +89,7 @@ class Resume:
     def read(self, identity: str) -> dict[str, npt.NDArray[Any]] | None:
         """What was written under this identity, if anything."""
         try:
-            with np.load(self._path, allow_pickle=False) as found:
+            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return None

@@ -1,0 +1,90 @@
+"""A long local training that is interrupted ends with the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from swarmchain.data import SiteData
+from swarmchain.model import draw_parameters
+from swarmchain.spec import CellTypeSpec, Limits, Model, Panel, StatisticsRef, Training, constant_layout
+from swarmchain.trainer import Contribution, Resume, TrainingSet, prepare_training, train_round
+
+SPEC = CellTypeSpec(
+    name="t", panel=Panel(features=tuple(f"g{i}" for i in range(6))), labels=("a", "b"),
+    limits=Limits(rounds=3, sites_to_start=2), model=Model(hidden=(8,), dropout=0.3),
+    training=Training(steps=12, batch_size=4, weight_decay=0.01),
+    statistics=StatisticsRef(run=1, spec="0" * 64, checkpoint="0" * 64), seed_checkpoint="0" * 64)
+
+
+class Killed(Exception):
+    """Stands for the process that ends."""
+
+
+def make_cells(seed: int = 0) -> TrainingSet:
+    g = np.random.default_rng(seed)
+    data = SiteData(x=g.normal(size=(40, 6)).astype(np.float32), y=np.arange(40) % 2, present=np.ones(6, bool),
+                    train=np.arange(30), validation=np.arange(30, 40))
+    constants = {name: np.full(shape, float("scale" in name), dtype)
+                 for name, (dtype, shape) in constant_layout(SPEC).items()}
+    return prepare_training(data, SPEC, constants, np.array([20, 20]))
+
+
+class Counting:
+    """A clock that ticks at each reading, and ends the process at one of them."""
+
+    def __init__(self, end: int) -> None:
+        self.ticks, self.end = 0, end
+
+    def __call__(self) -> float:
+        self.ticks += 1
+        if self.ticks == self.end:
+            raise Killed
+        return float(self.ticks)
+
+
+def train(folder: Path, *, end: int = -1, cells: TrainingSet | None = None, round_id: int = 2) -> Contribution:
+    resume = Resume(folder, pause_s=2.0, parent="ab" * 32, clock=Counting(end))
+    return train_round(draw_parameters(SPEC), cells or make_cells(), SPEC, round_id=round_id, site=1, resume=resume)
+
+
+def is_equal(a: Contribution, b: Contribution) -> bool:
+    same = all(a.deltas[name].tobytes() == b.deltas[name].tobytes() for name in a.deltas)
+    return same and a.metrics == b.metrics
+
+
+def test_interrupted_training_gives_the_same_bytes(tmp_path: Path) -> None:
+    whole = train_round(draw_parameters(SPEC), make_cells(), SPEC, round_id=2, site=1)
+    found, killed = None, 0
+    while found is None:
+        try:
+            found = train(tmp_path, end=9)
+        except Killed:
+            killed += 1
+            assert (tmp_path / "training.npz").exists()
+            torch.manual_seed(killed)  # another process has other random numbers
+    assert killed >= 2
+    assert is_equal(found, whole)
+    assert not (tmp_path / "training.npz").exists()
+
+
+def test_progress_of_another_round_or_other_cells_is_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, end=9)
+    written = (tmp_path / "training.npz").read_bytes()
+    for changes in ({"round_id": 3}, {"cells": make_cells(1)}):
+        (tmp_path / "training.npz").write_bytes(written)
+        clean = tmp_path / "clean"
+        assert is_equal(train(tmp_path, **changes), train(clean, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"PK" + b[2:][::-1]])
+def test_invalid_progress_file_is_passed_over(tmp_path: Path, spoil: object) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, end=9)
+    path = tmp_path / "training.npz"
+    path.write_bytes(spoil(path.read_bytes()))  # type: ignore[operator]
+    assert is_equal(train(tmp_path), train(tmp_path / "clean"))
