@@ -1,6 +1,6 @@
 """What a round costs beside the training: real agents as processes, Anvil, a shared folder, no cells.
 
-    python bench/round_overhead.py [--sites 4 10 32] [--rounds 13] [--json] [--write]
+    python bench/round_overhead.py [--sites 4 10 32] [--rounds 13] [--idle SECONDS] [--json] [--write]
 
 A rehearsal of a perceptron of 2000-256-10 (2 MB of parameters): contributions are random numbers, everything else is
 as ever. `round_s_median` is the median time from one `openRound` to the next, over all rounds but the first; `total_s`
@@ -53,6 +53,22 @@ def measure(sites: int, rounds: int, *, started: float) -> dict[str, Any]:
             "total_s": round(total, 2), "split_s": split}
 
 
+def measure_idle(sites: int, seconds: float) -> float:
+    """Share of one core that an agent takes while nothing happens, with the settings that `site init` writes."""
+    with tempfile.TemporaryDirectory(prefix="swarmchain-bench-") as folder:
+        names = {f"site-{i}": None for i in range(sites)}
+        with start_consortium(Path(folder), names, seed=0, pace=Pace(poll_s=0.5)) as swarm:
+            limits = Limits(rounds=1, sites_to_start=256)
+            run = swarm.propose(RehearsalSpec(name="idle", widths=WIDTHS, limits=limits), terms=TERMS)
+            swarm.start_agents([run])
+            time.sleep(8.0)  # until they have looked, and found nothing to do
+            agents = [psutil.Process(site.process.pid) for site in swarm.sites if site.process]
+            before = [sum(agent.cpu_times()[:2]) for agent in agents]
+            time.sleep(seconds)
+            after = [sum(agent.cpu_times()[:2]) for agent in agents]
+    return max(b - a for a, b in zip(before, after, strict=True)) / seconds
+
+
 def format_table(rows: list[dict[str, Any]]) -> str:
     kinds = list(rows[0]["split_s"])
     lines = ["| sites | rounds | median round, s | whole command, s | " + " | ".join(kinds) + " |",
@@ -66,9 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sites", type=int, nargs="+", default=[4, 10, 32])
     parser.add_argument("--rounds", type=int, default=13)
+    parser.add_argument("--idle", type=float, metavar="SECONDS", help="measure agents that wait, for so long, instead")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
+    if options.idle:
+        share = measure_idle(options.sites[0], options.idle)
+        print(json.dumps({"sites": options.sites[0], "idle_core_share_max": round(share, 5)}))
+        return
     started = psutil.Process().create_time()
     rows = []
     for sites in options.sites:

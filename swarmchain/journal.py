@@ -278,6 +278,24 @@ class Journal:
             raise JournalError(f"cannot write beside the journal {self.path}: {exc.message}", hint=exc.hint) from exc
 
 
+def read_paces(folder: Path) -> dict[int, Pace]:
+    """What a site's journal says of its training times, by run; nothing where there is no journal yet.
+
+    Raises
+    ------
+    JournalError
+        If the file is no journal of this version.
+    """
+    path = folder / "journal.sqlite"
+    if not path.exists():
+        return {}
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10.0)) as db:
+            return {row[0]: Pace(*row) for row in db.execute("select run, train_s, window_s from pace")}
+    except sqlite3.Error as exc:
+        raise JournalError(f"cannot read the journal {path}: {exc}", hint="is it one of this version?") from exc
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,7 +22,7 @@ from conftest import ROOT, write_cells
 
 from swarmchain.devchain import Devchain, wait_until_gone
 from swarmchain.protocol import compute_digest
-from swarmchain.spec import Limits, Panel, StatisticsSpec, encode_spec
+from swarmchain.spec import Limits, Panel, RehearsalSpec, StatisticsSpec, encode_spec
 
 PASSWORD = {"SWARMCHAIN_PASSWORD": "correct horse"}
 
@@ -106,6 +108,73 @@ def test_consortium_by_hand(consortium: Path) -> None:
     status = json.loads(swarmchain("status", *site, "--json", folder=consortium))
     assert status["runs"][second - 1]["checkpoint"] == held[0]
     assert status["client"].startswith("anvil/")
+
+
+def test_rehearsal_by_hand_and_one_agent_per_key(consortium: Path) -> None:
+    """A run without cells; while an agent is at work, its key is taken, and status tells what it needs."""
+    swarmchain("run", "new", "rehearsal", "--sites", 3, "--rounds", 2, "--width", 20, "--width", 5, "--out",
+               "rehearsal.json", folder=consortium)
+    site = ("--site", "a/site.toml")
+    said = swarmchain("run", "propose", *site, "--spec", "rehearsal.json", "--json", folder=consortium)
+    run = json.loads(said)["run"]
+    swarmchain("run", "join", run, *site, folder=consortium)
+    agent = subprocess.Popen([sys.executable, "-m", "swarmchain", "agent", *site, "--run", str(run)], cwd=consortium,
+                             stdout=subprocess.PIPE, text=True, env={**os.environ, **PASSWORD, "PYTHONUNBUFFERED": "1"})
+    try:
+        assert agent.stdout is not None
+        assert "at work; anvil/" in agent.stdout.readline()
+        said = swarmchain("agent", *site, "--run", run, folder=consortium, code=1)
+        assert "another agent is at work with the key" in said
+        for name in "bc":
+            swarmchain("run", "join", run, "--site", f"{name}/site.toml", folder=consortium)
+        with contextlib.ExitStack() as stack:
+            others = [stack.enter_context(subprocess.Popen(
+                [sys.executable, "-m", "swarmchain", "agent", "--site", f"{name}/site.toml", "--run", str(run)],
+                cwd=consortium, stdout=subprocess.PIPE, text=True, env={**os.environ, **PASSWORD})) for name in "bc"]
+            ends = [process.communicate(timeout=60)[0].splitlines()[-1] for process in (agent, *others)]
+        assert [process.returncode for process in (agent, *others)] == [0, 0, 0]
+    finally:
+        agent.kill()
+        agent.wait()
+    assert len({end.rsplit(" ", 1)[1] for end in ends}) == 1
+    assert all("ended: done after round 2; 2 rounds finalized, 0 rounds rejected, 0 rounds expired" in e for e in ends)
+    training = json.loads(swarmchain("status", *site, "--json", folder=consortium))["runs"][run - 1]["training"]
+    assert training["window_s"] == 3600 and not training["is_too_slow"]
+    journal = consortium / "a" / "work" / "journal.sqlite"
+    with contextlib.closing(sqlite3.connect(journal)) as db:
+        db.execute("update pace set train_s = 9000 where run = ?", (run,))
+        db.commit()
+    assert "Site a cannot make the window: training takes 9000 s" in swarmchain("status", *site, folder=consortium)
+
+
+def test_run_that_fails_says_so_with_its_exit_code(consortium: Path, anvil: Devchain) -> None:
+    """Two of three sites stay away: the rounds expire, the run rests, the agent ends with 4 and the tally."""
+    spec = RehearsalSpec(name="lonely", widths=(4, 2), limits=Limits(rounds=9, sites_to_start=1, failures_max=2))
+    (consortium / "lonely.json").write_bytes(encode_spec(spec))
+    said = swarmchain("run", "propose", "--site", "a/site.toml", "--spec", "lonely.json", "--json",
+                      "--commit-window", 1, folder=consortium)
+    run = json.loads(said)["run"]
+    for name in "ab":
+        swarmchain("run", "join", run, "--site", f"{name}/site.toml", folder=consortium)
+    said = swarmchain("agent", "--site", "a/site.toml", "--run", run, folder=consortium, code=4)
+    assert f"Error: run {run} ended without reaching its goal, 2 failures in a row: 0 rounds finalized, 0 rejected, " \
+        "2 expired" in said
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ('"../a.h5ad"', '"../nowhere.h5ad"', "data.path: "), ('"keystore.json"', '"key.json"', "keys.keystore: "),
+    ('"../deployments/31337.json"', '"../d.json"', "chain.deployment: "), ('"../store"', '"../stor"', "store.url: "),
+    ("poll_s = 0.5", 'poll_s = "0.5"', "agent.poll_s: Input should be a valid number"),
+    ("threads = 1", "threads = 1\nthread = 2", "agent.thread: Extra inputs are not permitted"),
+    ('profile = "auto"', 'profile = "geth"', "chain.profile: Input should be 'auto'"),
+])
+def test_invalid_site_toml_stops_the_agent(consortium: Path, old: str, new: str, words: str) -> None:
+    text = (consortium / "a" / "site.toml").read_text()
+    assert old in text
+    (consortium / "a" / "wrong.toml").write_text(text.replace(old, new))
+    said = swarmchain("agent", "--site", "a/wrong.toml", folder=consortium, code=1)
+    assert words in said
+    assert len(said.strip().splitlines()) == 2
 
 
 def test_invalid_keystore_password(consortium: Path, monkeypatch: pytest.MonkeyPatch) -> None:
