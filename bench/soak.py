@@ -161,7 +161,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     recovery = soak.recovery_s or [0.0]
     return {
         "sites": options.sites, "rounds": options.rounds, "rounds_lost": options.rounds - tally.finalized,
-        "left_out": sum(sum(reasons.values()) for reasons in tally.left_out.values()),
+        "left_out": {f"site-{site}": dict(reasons) for site, reasons in tally.left_out.items()},
         "kills": soak.kills["agent"] + soak.kills["chain"], "kills_chain": soak.kills["chain"],
         "kills_all": soak.kills["all"],
         "recovery_s": {"median": round(statistics.median(recovery), 2), "max": round(max(recovery), 2)},
@@ -174,7 +174,7 @@ def format_table(row: dict[str, Any]) -> str:
     cells = {
         "sites": row["sites"], "rounds": row["rounds"], "kills": row["kills"], "of the chain": row["kills_chain"],
         "of all at once": row["kills_all"], "rounds lost": row["rounds_lost"],
-        "contributions left out": row["left_out"],
+        "contributions left out": sum(n for reasons in row["left_out"].values() for n in reasons.values()),
         "recovery, s (median, max)": f"{recovery['median']:.2f}, {recovery['max']:.2f}",
         "final digest equal": "yes" if row["digest_equal"] else "NO",
         "seconds (undisturbed)": f"{row['total_s_disturbed']:.0f} ({row['total_s_undisturbed']:.0f})",

@@ -1,4 +1,8 @@
-"""What became of a run, round by round, from the chain's events and the rounds' certificates."""
+"""What became of a run, round by round, from the chain's events and the rounds' certificates.
+
+Where a node lost events (a development chain that was killed does), the contract says how a round ended, and the
+certificate who contributed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass, field
 
 from swarmchain.chain import Event, SwarmContract
 from swarmchain.errors import OpeningError, StoreError
-from swarmchain.protocol import Manifest, Outcome, Phase, mask_to_sites
+from swarmchain.protocol import Manifest, Outcome, mask_to_sites
 from swarmchain.store import Store, read_manifest
 
 NO_CONTRIBUTION = "no contribution in time"
@@ -23,8 +27,8 @@ class RoundRecord:
     """
 
     round_id: int
-    members: frozenset[int]
-    expected: frozenset[int]
+    members: frozenset[int] = frozenset()
+    expected: frozenset[int] = frozenset()
     outcome: Outcome = Outcome.PENDING
     committed: set[int] = field(default_factory=set)
     scores: dict[int, int] = field(default_factory=dict)
@@ -34,11 +38,11 @@ class RoundRecord:
 
     def explain_absence(self, site: int) -> str:
         """Why a member's contribution is not in a finalized round's checkpoint; "" if it is."""
-        if site not in self.committed:
-            return NO_CONTRIBUTION
         if self.manifest is None:
-            return UNKNOWN
-        return next((item.reason for item in self.manifest.excluded if item.site == site), "")
+            return UNKNOWN if site in self.committed else NO_CONTRIBUTION
+        reasons: dict[int, str] = {item.site: "" for item in self.manifest.included}
+        reasons |= {item.site: item.reason for item in self.manifest.excluded}
+        return reasons.get(site, NO_CONTRIBUTION)
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,11 @@ def read_rounds(contract: SwarmContract, store: Store, run: int) -> list[RoundRe
     for event in contract.get_events(names, run=run):
         _apply(rounds, event)
     view = contract.view_run(run)
-    if rounds and view.round_id in rounds and view.phase is Phase.CLOSED:
-        # nobody sends a transaction when a deadline passes
-        rounds[view.round_id].outcome = view.outcome
+    for number in range(1, view.round_id + 1):
+        record = rounds.setdefault(number, RoundRecord(number))
+        if record.outcome is Outcome.PENDING:
+            # nobody sends a transaction when a deadline passes
+            record.outcome = contract.get_phase(run, number, at=view.now)[1]
     for record in rounds.values():
         if record.manifest_digest:
             try:
@@ -92,7 +98,7 @@ def _apply(rounds: dict[int, RoundRecord], event: Event) -> None:
         members, expected = mask_to_sites(values["members"]), mask_to_sites(values["expected"])
         rounds[values["round"]] = RoundRecord(values["round"], members, expected)
         return
-    record = rounds[values["round"]]
+    record = rounds.setdefault(values["round"], RoundRecord(values["round"]))
     if event.name == "Committed":
         record.committed.add(values["site"])
     elif event.name == "Voted":
