@@ -18,6 +18,7 @@
     │   └── ContractError           a refusal by the contract: one class for each Solidity error
     └── Unreachable                 exit code 3: a supervisor may retry
         ├── ChainUnreachable
+        ├── SendingBusy             another process of this site is sending a transaction
         └── StoreUnreachable
             └── StoreFull           no room: freeing some helps
 
@@ -121,6 +122,10 @@ class Unreachable(SwarmError):
 
 class ChainUnreachable(Unreachable):
     """No Ethereum node answers at the RPC URL."""
+
+
+class SendingBusy(Unreachable):
+    """Another process of this site holds the right to send."""
 
 
 class StoreUnreachable(Unreachable):

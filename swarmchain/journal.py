@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarmchain.config import write_file
-from swarmchain.errors import ConfigError, JournalError
+from swarmchain.errors import ConfigError, JournalError, SendingBusy
 from swarmchain.protocol import Opening, RoundKey, compute_digest
 
 SCHEMA = 2
@@ -144,14 +144,16 @@ class Journal:
 
         Raises
         ------
-        JournalError
+        SendingBusy
             If another process holds it for `timeout_s`.
         """
-        with self._refuse(), (self.folder / "sending.lock").open("ab") as file:
+        with self._refuse():
+            file = (self.folder / "sending.lock").open("ab")
+        with file:
             deadline = clock() + timeout_s
             while not _try_lock(file.fileno()):
                 if clock() > deadline:
-                    raise JournalError(
+                    raise SendingBusy(
                         f"another process of this site is sending a transaction since {timeout_s:.0f} s",
                         hint="wait until it is done: `swarmchain status` shows whether the chain moves",
                     )

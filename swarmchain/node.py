@@ -154,7 +154,7 @@ class Node:
         heads: list[tuple[int, Endpoint]] = []
         for endpoint in list(self.endpoints.endpoints):
             with contextlib.suppress(ChainUnreachable, ChainError):
-                heads.append((int(self.endpoints.ask_one(endpoint, "eth_blockNumber", []), 16), endpoint))
+                heads.append((int(self.endpoints.ask_checked(endpoint, "eth_blockNumber", []), 16), endpoint))
         if heads:
             best, freshest = max(heads, key=lambda pair: pair[0])
             present = next((head for head, endpoint in heads if endpoint.url == self.rpc_url), -1)

@@ -103,6 +103,11 @@ class Endpoints(JSONBaseProvider):
             raise ChainError(f"the node at {endpoint.url} refused {method}: {answer.get('error')}")
         return answer["result"]
 
+    def ask_checked(self, endpoint: Endpoint, method: str, params: list[Any]) -> Any:
+        """As `ask_one`, of a node that has shown to be of this chain; raises what the check raises if it has not."""
+        self._require_checked(endpoint)
+        return self.ask_one(endpoint, method, params)
+
     def _in_order(self) -> list[Endpoint]:
         """Nodes that may be asked, healthy ones first; all of them if none may."""
         now = self._clock()

@@ -85,7 +85,9 @@ class RunWork:
     def check(self, view: RunView, key: RoundKey, site: int) -> Reason | None:
         """Fetch what a committed site disclosed; None if it is good, else what is wrong with it by now."""
         self._enter(key)
-        if site in self._good:
+        known = self._good.pop(site, None)
+        if known is not None and known.commitment == view.commitments[site]:
+            self._good[site] = known
             return None
         found = gather_one(self.store, view.commitments[site], self.spec, key=key, site=site)
         if isinstance(found, Gathered):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swarmchain.errors import JournalError
+from swarmchain.errors import JournalError, SendingBusy
 from swarmchain.journal import Ballot, Journal, Pace, Promised
 from swarmchain.protocol import Opening, RoundKey, compute_digest
 
@@ -87,7 +87,7 @@ def test_invalid_journal_that_is_none(tmp_path: Path) -> None:
 FULL = """
 import resource, sys
 from pathlib import Path
-from swarmchain.errors import JournalError
+from swarmchain.errors import JournalError, SendingBusy
 from swarmchain.journal import Journal
 from swarmchain.protocol import Opening, RoundKey, compute_digest
 key = RoundKey(31337, "0x" + "1" * 40, 1, 1)
@@ -115,7 +115,7 @@ def test_invalid_disk_that_is_full(tmp_path: Path, size: int) -> None:
 def test_sending_is_for_one_process_at_a_time(tmp_path: Path) -> None:
     first, second = open_journal(tmp_path), open_journal(tmp_path)
     with first.lock_sending(timeout_s=1.0):
-        refused = pytest.raises(JournalError, match="another process of this site is sending")
+        refused = pytest.raises(SendingBusy, match="another process of this site is sending")
         with refused, second.lock_sending(timeout_s=0.1):
             raise AssertionError
     with second.lock_sending(timeout_s=0.1):

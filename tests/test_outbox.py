@@ -204,10 +204,22 @@ def test_node_that_goes_is_left_and_the_other_is_checked_first(world: World) -> 
 
 def test_node_that_lags_is_left_for_one_that_does_not(world: World) -> None:
     with start_devchain("anvil") as behind:
-        node = Node([behind.rpc_url, world.contract.node.rpc_url])
+        good = world.contract.node.rpc_url
+        node = Node([behind.rpc_url, good])
         rpc(world, "anvil_mine", "0x5")
         node.choose_freshest()
-        assert node.rpc_url == world.contract.node.rpc_url
+        assert node.rpc_url == good
+
+
+def test_node_that_is_ahead_on_another_chain_is_not_preferred(world: World) -> None:
+    with start_devchain("anvil") as stranger:
+        good = world.contract.node.rpc_url
+        node = Node([good, stranger.rpc_url])
+        contract = SwarmContract(node, world.deployment)
+        Node(stranger.rpc_url).web3.provider.make_request("anvil_mine", ["0x1000"])  # type: ignore[arg-type]
+        node.choose_freshest()
+        assert node.rpc_url == good
+        assert len(contract.get_sites()) == 3
 
 
 def test_invalid_rpc_urls() -> None:
