@@ -216,7 +216,8 @@ def test_node_that_is_ahead_on_another_chain_is_not_preferred(world: World) -> N
         good = world.contract.node.rpc_url
         node = Node([good, stranger.rpc_url])
         contract = SwarmContract(node, world.deployment)
-        Node(stranger.rpc_url).web3.provider.make_request("anvil_mine", ["0x1000"])  # type: ignore[arg-type]
+        blocks = hex(contract.node.read_head() + 50)
+        Node(stranger.rpc_url, timeout_s=60.0).web3.provider.make_request("anvil_mine", [blocks])  # type: ignore[arg-type]
         node.choose_freshest()
         assert node.rpc_url == good
         assert len(contract.get_sites()) == 3
