@@ -51,6 +51,8 @@ class Grid:
         self.told = Told()
         self.chains = contextlib.ExitStack()
         self.has_struck = False
+        self.heard_before = 0
+        self.is_held = False
 
     @property
     def sick(self) -> LocalSite:
@@ -65,6 +67,8 @@ class Grid:
             self.start_site(site)
 
     def start_site(self, site: LocalSite) -> None:
+        if site is self.sick:
+            self.heard_before = len(self.told.events)
         program = (PROGRAM, "--fault", self.fault, "--at", self.at) if site is self.sick else AGENT
         if not (site is self.sick and (self.fault, self.at) == ("OFFLINE", "start")):
             self.swarm.start_agent(site, [self.run], program=program)
@@ -76,6 +80,7 @@ class Grid:
             assert time.monotonic() < deadline, self.explain()
             self.listen()
             self.revive()
+            self.release()
             if strike is not None and not self.has_struck and self.told.names(MOMENTS[self.at], 1):
                 self.has_struck = True
                 strike()
@@ -97,12 +102,37 @@ class Grid:
         """What a supervisor does: start again what was killed, or could not reach chain or store."""
         for site in self.swarm.sites:
             if site.process is None and self.may_return():
+                self.heard_before = len(self.told.events)
                 self.swarm.start_agent(site, [self.run])
+                self.hold()
             if site.process is None or site.process.poll() in (None, 0):
                 continue
             is_gone = site is self.sick and self.fault == "OFFLINE" and not self.may_return()
             if site.process.returncode in (-signal.SIGKILL, 3) and not is_gone:
                 self.start_site(site)
+                if self.fault == "OFFLINE":
+                    self.hold()
+
+    def is_starting(self) -> bool:
+        """Whether the faulty site's process is on its way, and has not looked at the run yet."""
+        process = self.sick.process
+        said = [event["event"] for site, event in self.told.events[self.heard_before:] if site == self.sick.name]
+        return process is not None and process.poll() is None and "run" not in said
+
+    def hold(self) -> None:
+        """Rounds take a tenth of a second here, a process seconds to start: let the others stand still so long."""
+        self.is_held = True
+        self.signal_honest(signal.SIGSTOP)
+
+    def release(self) -> None:
+        if self.is_held and not self.is_starting():
+            self.is_held = False
+            self.signal_honest(signal.SIGCONT)
+
+    def signal_honest(self, number: signal.Signals) -> None:
+        for site in self.honest:
+            if site.process is not None and site.process.poll() is None:
+                os.killpg(site.process.pid, number)
 
     def may_return(self) -> bool:
         """A site that went offline comes back after the first round, except one that left for good."""
@@ -110,7 +140,8 @@ class Grid:
 
     def move_time(self) -> None:
         """To the next deadline, once the honest sites have done what they can and nothing more is heard."""
-        if time.monotonic() - self.told.last < QUIET_S or self.fault in ENVIRONMENT:
+        is_quiet = time.monotonic() - self.told.last >= QUIET_S
+        if not is_quiet or self.fault in ENVIRONMENT or self.is_held or self.is_starting():
             return
         view = self.swarm.contract.view_run(self.run)
         indices = {self.swarm.sites.index(site) for site in self.honest}
@@ -197,6 +228,7 @@ def start_grid(folder: Path, fault: str, at: str) -> Iterator[Grid]:
         try:
             yield grid
         finally:
+            grid.signal_honest(signal.SIGCONT)
             swarm.stop_agents()
             stop_process(swarm.chain.process)
             grid.chains.close()
