@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from tables import replace_table
 
-from swarmchain.consortium import Pace, start_consortium
+from swarmchain.consortium import Polling, start_consortium
 from swarmchain.protocol import Terms
 from swarmchain.spec import Limits, RehearsalSpec
 
@@ -34,7 +34,8 @@ def measure(sites: int, rounds: int, *, started: float) -> dict[str, Any]:
     events: list[tuple[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory(prefix="swarmchain-bench-") as folder:
         names = {f"site-{i}": None for i in range(sites)}
-        with start_consortium(Path(folder), names, seed=0, pace=Pace(poll_s=0.05 if sites <= 10 else 0.2)) as swarm:
+        polling = Polling(poll_s=0.05 if sites <= 10 else 0.2)
+        with start_consortium(Path(folder), names, seed=0, polling=polling) as swarm:
             spec = RehearsalSpec(name="overhead", widths=WIDTHS, limits=Limits(rounds=rounds, sites_to_start=sites))
             run = swarm.propose(spec, terms=TERMS)
             swarm.start_agents([run])
@@ -57,7 +58,7 @@ def measure_idle(sites: int, seconds: float) -> float:
     """Share of one core that an agent takes while nothing happens, with the settings that `site init` writes."""
     with tempfile.TemporaryDirectory(prefix="swarmchain-bench-") as folder:
         names = {f"site-{i}": None for i in range(sites)}
-        with start_consortium(Path(folder), names, seed=0, pace=Pace(poll_s=0.5)) as swarm:
+        with start_consortium(Path(folder), names, seed=0, polling=Polling(poll_s=0.5)) as swarm:
             limits = Limits(rounds=1, sites_to_start=256)
             run = swarm.propose(RehearsalSpec(name="idle", widths=WIDTHS, limits=limits), terms=TERMS)
             swarm.start_agents([run])

@@ -30,8 +30,7 @@ from typing import Any
 
 from tables import replace_table
 
-from swarmchain.consortium import Consortium, LocalSite, Pace, start_consortium
-from swarmchain.devchain import start_devchain, stop_process
+from swarmchain.consortium import Consortium, LocalSite, Polling, start_consortium
 from swarmchain.history import count, read_rounds
 from swarmchain.protocol import Terms
 from swarmchain.spec import Limits, RehearsalSpec
@@ -49,7 +48,6 @@ class Soak:
     def __init__(self, swarm: Consortium, run: int, *, rounds: int, dice: random.Random, is_disturbed: bool) -> None:
         self.swarm, self.run, self.rounds, self.dice = swarm, run, rounds, dice
         self.is_disturbed = is_disturbed
-        self.chains = contextlib.ExitStack()
         self.kills = {"agent": 0, "chain": 0, "all": 0}
         self.held: dict[str, str] = {}
         self.round_id = 0
@@ -108,14 +106,9 @@ class Soak:
         self.kills["agent"] += 1
 
     def kill_chain(self) -> None:
-        chain = self.swarm.chain
         self.open_kills.append((time.time(), ""))
-        os.killpg(chain.process.pid, signal.SIGKILL)
-        chain.process.wait(timeout=10)
         self.kills["chain"] += 1
-        port = int(chain.rpc_url.rsplit(":", 1)[1])
-        self.swarm.chain = self.chains.enter_context(
-            start_devchain("anvil", port=port, options=chain_options(self.swarm.folder)))
+        self.swarm.restart_chain(number=signal.SIGKILL)
 
     def kill_all(self) -> None:
         for site in self.swarm.sites:
@@ -124,28 +117,19 @@ class Soak:
         self.kills["all"] += 1
 
 
-def chain_options(folder: Path) -> tuple[str, ...]:
-    return ("--state", str(folder / "chain.json"), "--state-interval", "1")
-
-
 @contextlib.contextmanager
 def start_soak(options: argparse.Namespace, *, is_disturbed: bool) -> Iterator[Soak]:
     with tempfile.TemporaryDirectory(prefix="swarmchain-soak-", ignore_cleanup_errors=True) as name:
         folder = Path(name) / "swarm"
         names = {f"site-{i}": None for i in range(options.sites)}
-        with start_consortium(folder, names, seed=options.seed, pace=Pace(poll_s=0.1, stagger_s=1.0),
-                              chain_options=chain_options(folder)) as swarm:
+        with start_consortium(folder, names, seed=options.seed, polling=Polling(poll_s=0.1, stagger_s=1.0),
+                              chain_options=("--state", str(folder / "chain.json"), "--state-interval", "1")) as swarm:
             limits = Limits(rounds=options.rounds, sites_to_start=options.sites, opening_timeout_s=86_400.0)
             spec = RehearsalSpec(name="soak", widths=(100, 32, 8), limits=limits, seed=options.seed)
             soak = Soak(swarm, swarm.propose(spec, terms=TERMS), rounds=options.rounds,
                         dice=random.Random(options.seed), is_disturbed=is_disturbed)
             time.sleep(1.5)  # until the chain has written down that the run exists
-            try:
-                yield soak
-            finally:
-                swarm.stop_agents()
-                stop_process(swarm.chain.process)
-                soak.chains.close()
+            yield soak
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

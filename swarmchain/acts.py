@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from swarmchain.certify import Certified
 from swarmchain.checkpoint import compute_size
 from swarmchain.duties import Duty, Memory
 from swarmchain.errors import JournalError, MergeMismatch, RunFailed, StoreError, SwarmError
@@ -188,7 +189,7 @@ class Acts:
             return
         weighed = frozenset((item.site, item.reason) for item in certified.manifest.excluded)
         self.found.remember(excluded=weighed, weighed=weighed)
-        if self._counts_less(certified.manifest):
+        if self._is_no_better(certified):
             return
         accept, score = self.work.judge(certified, view)
         with self.clock.measure("store"):
@@ -207,13 +208,13 @@ class Acts:
                  timing_s=self.clock.summarize(), bytes=self._count_bytes())
         self.site.journal.discard_contributions(view.run, before_round=view.round_id - 1)
 
-    def _counts_less(self, manifest: Manifest) -> bool:
-        """Whether this site has already voted for something that counts a contribution that this one does not."""
+    def _is_no_better(self, certified: Certified) -> bool:
+        """Whether this site has voted for the same already, or for what counts a contribution that this does not."""
         before = self.site.journal.get_vote(self.found.key)
         if before is None or self.site.index not in self.view.voted:
             return False
-        included = frozenset(item.site for item in manifest.included)
-        return before.manifest == compute_digest(encode_canonical(manifest)) or not before.included <= included
+        included = frozenset(item.site for item in certified.manifest.included)
+        return before.manifest == certified.manifest_digest or not before.included <= included
 
     def verify(self) -> None:
         """Recompute a round that the others finalized, from the contributions that its certificate counts."""

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ TERMS = Terms(commit_window_s=120, vote_window_s=60, sites_min=2)
 
 
 @dataclass(frozen=True)
-class Pace:
+class Polling:
     """How often local agents look, and how long they wait for the one whose turn it is, in seconds."""
 
     poll_s: float = 0.1
@@ -91,6 +92,8 @@ class Consortium:
     deployment: Deployment
     store: Store
     sites: list[LocalSite] = field(default_factory=list)
+    chain_options: Sequence[str] = ()
+    chains: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def propose(self, spec: Spec, *, terms: Terms = TERMS) -> int:
         """The first site proposes, every site joins; returns the run's number."""
@@ -117,6 +120,14 @@ class Consortium:
                 command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL, text=True, env=environment,
                 start_new_session=True,
             )
+
+    def restart_chain(self, *, number: signal.Signals = signal.SIGKILL, pause_s: float = 0.0) -> None:
+        """End the chain with a signal, and start it at the same place; it then knows what its `--state` file holds."""
+        os.killpg(self.chain.process.pid, number)
+        self.chain.process.wait(timeout=10)
+        time.sleep(pause_s)
+        port = int(self.chain.rpc_url.rsplit(":", 1)[1])
+        self.chain = self.chains.enter_context(start_devchain("anvil", port=port, options=self.chain_options))
 
     def stop_agents(self) -> None:
         """End every agent that still runs."""
@@ -152,7 +163,7 @@ class Consortium:
 @contextlib.contextmanager
 def start_consortium(
     folder: Path, files: Mapping[str, Path | None], *, seed: int, label_column: str = "",
-    label_map: Mapping[str, str] | None = None, pace: Pace = Pace(), chain_options: Sequence[str] = (),
+    label_map: Mapping[str, str] | None = None, polling: Polling = Polling(), chain_options: Sequence[str] = (),
 ) -> Iterator[Consortium]:
     """A chain, a contract and sites, all under `folder`, while the context lasts.
 
@@ -165,17 +176,19 @@ def start_consortium(
     """
     store_folder = folder / "store"
     store_folder.mkdir(parents=True)
-    with start_devchain("anvil", options=chain_options) as chain:
+    with contextlib.ExitStack() as chains:
+        chain = chains.enter_context(start_devchain("anvil", options=chain_options))
         cells = {"label_column": label_column, "label_map": dict(label_map or {})}
         sites = [
-            _make_site(folder, name, path, rpc_url=chain.rpc_url, seed=seed, rank=i, cells=cells, pace=pace)
+            _make_site(folder, name, path, rpc_url=chain.rpc_url, seed=seed, rank=i, cells=cells, polling=polling)
             for i, (name, path) in enumerate(files.items())
         ]
         node = Node(chain.rpc_url)
         deployment = deploy_contract(node, sites[0].signer, [(s.signer.address, s.name) for s in sites])
         write_file(folder / "deployment.json", deployment.model_dump_json(indent=2).encode())
         contract = SwarmContract(node, deployment)
-        consortium = Consortium(folder, chain, contract, deployment, Store(str(store_folder)), sites)
+        consortium = Consortium(folder, chain, contract, deployment, Store(str(store_folder)), sites, chain_options,
+                                chains)
         try:
             yield consortium
         finally:
@@ -183,7 +196,7 @@ def start_consortium(
 
 
 def _make_site(folder: Path, name: str, data: Path | None, *, rpc_url: str, seed: int, rank: int,
-               cells: dict[str, Any], pace: Pace) -> LocalSite:
+               cells: dict[str, Any], polling: Polling) -> LocalSite:
     home = folder / name.replace("/", "_")
     home.mkdir(parents=True)
     secret = hashlib.sha256(f"swarmchain demo key {seed} {rank}".encode()).digest()
@@ -193,7 +206,7 @@ def _make_site(folder: Path, name: str, data: Path | None, *, rpc_url: str, seed
     text = render_site_toml(
         name=name, rpc_url=rpc_url, deployment="../deployment.json", store="../store",
         data=None if data is None else str(data.resolve()), **cells, password_file=PASSWORD_FILE,
-        poll_s=pace.poll_s, stagger_s=pace.stagger_s,
+        poll_s=polling.poll_s, stagger_s=polling.stagger_s,
     )
     write_file(home / "site.toml", text.encode())
     read_site_config(home / "site.toml")

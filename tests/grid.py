@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swarmchain.consortium import AGENT, Consortium, LocalSite, Pace, start_consortium
-from swarmchain.devchain import start_devchain, stop_process
+from swarmchain.consortium import AGENT, Consortium, LocalSite, Polling, start_consortium
 from swarmchain.protocol import Phase, RunView, Terms
 from swarmchain.spec import Limits, RehearsalSpec
 
@@ -49,7 +48,6 @@ class Grid:
     def __init__(self, swarm: Consortium, run: int, fault: str, at: str) -> None:
         self.swarm, self.run, self.fault, self.at = swarm, run, fault, at
         self.told = Told()
-        self.chains = contextlib.ExitStack()
         self.has_struck = False
         self.heard_before = 0
         self.is_held = False
@@ -168,17 +166,6 @@ class Grid:
 
     # -- what breaks around them
 
-    def restart_chain(self, *, number: signal.Signals, pause_s: float) -> None:
-        """The chain goes, and comes back at the same place with what it had written down."""
-        process, url = self.swarm.chain.process, self.swarm.chain.rpc_url
-        os.killpg(process.pid, number)
-        process.wait(timeout=10)
-        time.sleep(pause_s)
-        state = self.swarm.folder / "chain.json"
-        options = ("--state", str(state), "--state-interval", "1")
-        chain = self.chains.enter_context(start_devchain("anvil", port=int(url.rsplit(":", 1)[1]), options=options))
-        self.swarm.chain = chain
-
     def stop_answering(self, seconds: float) -> None:
         os.killpg(self.swarm.chain.process.pid, signal.SIGSTOP)
         time.sleep(seconds)
@@ -218,8 +205,8 @@ def start_grid(folder: Path, fault: str, at: str) -> Iterator[Grid]:
     options = ("--state", str(folder / "swarm" / "chain.json"), "--state-interval", "1") \
         if fault in ("CHAIN_DOWN", "CHAIN_RESTART") else ()
     names = {f"site-{i}": None for i in range(SITES)}
-    pace = Pace(poll_s=0.1, stagger_s=0.5)
-    with start_consortium(folder / "swarm", names, seed=1, pace=pace, chain_options=options) as swarm:
+    polling = Polling(poll_s=0.1, stagger_s=0.5)
+    with start_consortium(folder / "swarm", names, seed=1, polling=polling, chain_options=options) as swarm:
         spec = RehearsalSpec(name="grid", widths=(30, 8, 4), limits=LIMITS)
         grid = Grid(swarm, swarm.propose(spec, terms=TERMS), fault, at)
         if fault == "RPC_TIMEOUT":
@@ -230,5 +217,3 @@ def start_grid(folder: Path, fault: str, at: str) -> Iterator[Grid]:
         finally:
             grid.signal_honest(signal.SIGCONT)
             swarm.stop_agents()
-            stop_process(swarm.chain.process)
-            grid.chains.close()

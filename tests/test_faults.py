@@ -65,8 +65,8 @@ FATE = {
 
 def break_world(grid: Grid) -> None:
     {
-        "CHAIN_DOWN": lambda: grid.restart_chain(number=signal.SIGTERM, pause_s=2.0),
-        "CHAIN_RESTART": lambda: grid.restart_chain(number=signal.SIGKILL, pause_s=0.0),
+        "CHAIN_DOWN": lambda: grid.swarm.restart_chain(number=signal.SIGTERM, pause_s=2.0),
+        "CHAIN_RESTART": lambda: grid.swarm.restart_chain(number=signal.SIGKILL),
         "DROPPED_TX": grid.drop_transactions,
         "RPC_TIMEOUT": lambda: grid.stop_answering(3.0),
         "STORE_DOWN": grid.unmount_store,
