@@ -223,14 +223,14 @@ class Node:
                 self.broadcast(signed.raw)
         receipt = self.await_receipt(signed.digest)
         if receipt is None:
-            raise stalled(purpose, signed)
+            raise stalled(purpose, signed.digest)
         return receipt
 
 
-def stalled(purpose: str, signed: SignedTransaction) -> ChainUnreachable:
+def stalled(purpose: str, digest: str) -> ChainUnreachable:
     """What is said of a transaction that no block takes in."""
     return ChainUnreachable(
-        f"transaction {signed.digest[:12]}… ({purpose}) is in no block yet",
+        f"transaction {digest[:12]}… ({purpose}) is in no block yet",
         hint="has the chain stalled? the same bytes are sent again, never others",
     )
 

@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from swarmchain.errors import ChainError, ChainUnreachable, ContractError, NonceTaken
 from swarmchain.journal import Journal, Promised
 from swarmchain.keys import Signer
-from swarmchain.node import Node, SignedTransaction, stalled
+from swarmchain.node import Node, stalled
 
 TRIES_MAX = 20
 RAISE_FEE_AFTER_S = 60.0
@@ -94,7 +94,7 @@ class Outbox:
             self._send_again(signer, promised)
 
     def _send_again(self, signer: Signer, promised: Promised) -> None:
-        is_refused = False
+        refusal: ChainError | None = None
         try:
             self.node.broadcast(promised.raw)
         except NonceTaken:
@@ -102,12 +102,12 @@ class Outbox:
         except ContractError:
             pass  # Hardhat tells a revert at once, and puts the transaction into a block all the same
         except ChainError as exc:
-            is_refused, refusal = True, exc
+            refusal = exc
         if self.node.get_receipt(promised.digest) is None:
-            is_stuck = is_refused or self._now() - promised.sent_at >= RAISE_FEE_AFTER_S
+            is_stuck = refusal is not None or self._now() - promised.sent_at >= RAISE_FEE_AFTER_S
             if is_stuck and "maxFeePerGas" in promised.fees:
                 promised = self._raise_fee(signer, promised)
-            elif is_refused:
+            elif refusal is not None:
                 raise refusal
         self._await(promised)
 
@@ -161,7 +161,7 @@ class Outbox:
                 self.journal.settle_nonce(promised.address, promised.nonce)
                 raise ChainUnreachable(f"another transaction than {promised.purpose} took its place",
                                        hint="the agent looks again; does another process use this key?")
-            raise stalled(promised.purpose, SignedTransaction(promised.nonce, promised.digest, promised.raw))
+            raise stalled(promised.purpose, promised.digest)
         return self._conclude(promised, receipt)
 
     def _conclude(self, promised: Promised, receipt: Any) -> Any:

@@ -31,7 +31,6 @@ class Endpoint:
     is_checked: bool = False
     failures: int = 0
     retry_at: float = 0.0
-    problem: SwarmError | None = None
 
 
 class Endpoints(JSONBaseProvider):
@@ -85,7 +84,7 @@ class Endpoints(JSONBaseProvider):
                 self._require_checked(endpoint)
                 return self._exchange(endpoint, body)
             except (ChainUnreachable, ChainError) as exc:
-                self._pass_over(endpoint, exc)
+                self._pass_over(endpoint)
                 problems.append(exc)
         # a node that answers wrongly tells more than one that is silent, and trying again would not mend it
         silent = all(isinstance(problem, ChainUnreachable) for problem in problems)
@@ -118,10 +117,9 @@ class Endpoints(JSONBaseProvider):
             self.check(lambda method, params: self.ask_one(endpoint, method, params))
         endpoint.is_checked = True
 
-    def _pass_over(self, endpoint: Endpoint, problem: SwarmError) -> None:
+    def _pass_over(self, endpoint: Endpoint) -> None:
         endpoint.failures += 1
         endpoint.is_checked = False
-        endpoint.problem = problem
         endpoint.retry_at = self._clock() + min(PAUSE_MIN_S * 2 ** (endpoint.failures - 1), PAUSE_MAX_S)
 
     def _exchange(self, endpoint: Endpoint, body: bytes) -> RPCResponse:
@@ -140,7 +138,7 @@ class Endpoints(JSONBaseProvider):
                 f"the node at {endpoint.url} answered what no Ethereum node would: HTTP {answer.status}, no JSON-RPC",
                 hint="is it an Ethereum RPC URL?",
             ) from exc
-        endpoint.failures, endpoint.retry_at, endpoint.problem = 0, 0.0, None
+        endpoint.failures, endpoint.retry_at = 0, 0.0
         return decoded
 
     def _post(self, url: str, body: bytes) -> urllib3.BaseHTTPResponse:
