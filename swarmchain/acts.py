@@ -162,7 +162,7 @@ class Acts:
             self.found.remember(published=True)
             return
         with self.clock.measure("store"):
-            self.store.restore_blob(self._read_contribution(opening))
+            self.store.restore_blob(self._read_contribution(opening), digest=opening.digest)
             self.store.put_opening(commitment, encode_canonical(opening))
         self.found.remember(published=True)
         self.say("published")
@@ -193,7 +193,7 @@ class Acts:
             return
         accept, score = self.work.judge(certified, view)
         with self.clock.measure("store"):
-            self.store.put_blob(certified.checkpoint)
+            self.store.put_blob(certified.checkpoint, digest=certified.manifest.checkpoint)
             self.store.put_blob(certified.manifest_bytes)
         included = frozenset(item.site for item in certified.manifest.included)
         ballot = Ballot(certified.manifest.checkpoint, certified.manifest_digest, accept,
@@ -237,7 +237,7 @@ class Acts:
                 f"the others accepted {view.checkpoint}",
                 hint="do not go on with this run: compare versions with the other sites, then suspect them",
             )
-        self.store.put_blob(certified.checkpoint)
+        self.store.put_blob(certified.checkpoint, digest=computed)
 
     def _read_certificate(self) -> Manifest:
         """The newest manifest on record; whoever finds it missing, and can, puts it back."""

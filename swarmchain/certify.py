@@ -7,15 +7,16 @@ Whoever runs this on the same commitments, openings and blobs gets the same two 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
-from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
+from swarmchain.checkpoint import allocate_tensors, compute_size, decode_tensors
 from swarmchain.errors import BlobMissing, CheckpointError, OpeningError, StoreError
-from swarmchain.merge import Input, merge_deltas, sum_statistics
+from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
 from swarmchain.protocol import (
     Excluded,
     Included,
@@ -29,11 +30,12 @@ from swarmchain.protocol import (
     parse_opening,
 )
 from swarmchain.spec import Spec, StatisticsSpec, checkpoint_layout, contribution_layout
+from swarmchain.spool import Spool
 from swarmchain.store import Store
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-CODE = "swarmchain-merge/1"  # moves whenever the same inputs would give other bytes
+CODE = "swarmchain-merge/2"  # moves whenever the same inputs would give other bytes
 NO_PARENT = "0" * 64
 
 
@@ -50,7 +52,7 @@ class Gathered:
 class Certified:
     """A round's result as one site computed it."""
 
-    checkpoint: bytes
+    checkpoint: bytearray
     tensors: Arrays
     manifest: Manifest
     manifest_bytes: bytes
@@ -77,19 +79,20 @@ def certify(
     Raises
     ------
     CheckpointError
-        If nothing was gathered, or the merge is not finite.
+        If nothing was gathered.
     """
     counted, excluded = gathered
     inputs = [item.contribution for item in counted]
     step_scale = 0.5 ** min(rejections, 30)
-    tensors: Arrays
+    checkpoint, tensors = allocate_tensors(checkpoint_layout(spec))
     if isinstance(spec, StatisticsSpec):
-        tensors, shares = sum_statistics(inputs)
-        method, step_scale = "sum", 1.0
+        method, bound, step_scale = "sum", None, 1.0
+        shares = sum_statistics(inputs, into=tensors)
     else:
-        tensors, shares = merge_deltas(parent[1], inputs, spec.merge, step_scale=step_scale)
         method = spec.merge.method
-    checkpoint = encode_tensors(tensors, checkpoint_layout(spec))
+        shares, bound = merge_deltas(parent[1], inputs, spec.merge, into=tensors, step_scale=step_scale)
+    for tensor in tensors.values():
+        tensor.flags.writeable = False
     by_site = {share.site: share for share in shares}
     included = tuple(
         Included(
@@ -101,14 +104,17 @@ def certify(
     )
     manifest = Manifest(
         chain_id=key.chain_id, contract=key.contract.lower(), run=key.run, round=key.round_id, spec=spec_digest,
-        parent=parent[0], method=method, step_scale=step_scale, included=included, excluded=tuple(excluded),
-        checkpoint=compute_digest(checkpoint), code=CODE,
+        parent=parent[0], method=method, bound=bound, step_scale=step_scale, included=included,
+        excluded=tuple(excluded), checkpoint=compute_digest(checkpoint), code=CODE,
     )
     return Certified(checkpoint, tensors, manifest, encode_canonical(manifest))
 
 
-def gather_one(store: Store, commitment: str, spec: Spec, *, key: RoundKey, site: int) -> Gathered | Reason:
+def gather_one(store: Store, spool: Spool, commitment: str, spec: Spec, *, key: RoundKey, site: int
+               ) -> Gathered | Reason:
     """Fetch and check what a committed site opened; the reason why it does not count if it does not.
+
+    The bytes come to lie in the spool's slot of the site, until the next are gathered there.
 
     Raises
     ------
@@ -124,11 +130,17 @@ def gather_one(store: Store, commitment: str, spec: Spec, *, key: RoundKey, site
     if compute_commitment(key, site, opening) != commitment:
         return "opening invalid"
     layout = contribution_layout(spec)
+    data = spool.get_slot(site, compute_size(layout))
     try:
-        data = store.get_blob(opening.digest, bytes_max=compute_size(layout))
-        tensors = decode_tensors(data, layout)
+        store.read_blob(opening.digest, data)
+        tensors = decode_tensors(data, layout, is_finite=False)
     except BlobMissing:
         return "withheld"
-    except (CheckpointError, StoreError):
-        return "blob invalid"
-    return Gathered(commitment, opening, Input(site=site, samples=opening.samples, tensors=tensors))
+    except CheckpointError:
+        return "blob malformed"
+    except StoreError:
+        return "blob altered"
+    norm = compute_norm(tensors)  # it meets every number
+    if not math.isfinite(norm):
+        return "not finite"
+    return Gathered(commitment, opening, Input(site, opening.samples, tensors, norm))

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +22,10 @@ from swarmchain.errors import CheckpointError
 from swarmchain.protocol import compute_digest
 from swarmchain.spec import Layout
 
-Tensors = Mapping[str, npt.NDArray[np.generic]]
+Tensors = Mapping[str, npt.NDArray[Any]]
+Buffer = bytes | bytearray | memoryview
 
-_CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}
+_CODES = {"float32": "F32", "float64": "F64", "int64": "I64", "float16": "F16", "int8": "I8"}
 
 if sys.byteorder != "little":  # safetensors is little-endian; nobody trains on anything else
     raise ImportError("swarmchain runs on little-endian machines only")
@@ -56,8 +56,21 @@ def encode_tensors(tensors: Tensors, layout: Layout) -> bytes:
     return b"".join(parts)
 
 
-def decode_tensors(data: bytes | mmap.mmap, layout: Layout) -> dict[str, npt.NDArray[np.generic]]:
-    """Read canonical bytes; the arrays are read-only views of `data`.
+def allocate_tensors(layout: Layout) -> tuple[bytearray, dict[str, npt.NDArray[Any]]]:
+    """Canonical bytes of zeros, and the arrays that lie in them: who writes into those need not encode them."""
+    data = bytearray(compute_size(layout))
+    header = _encode_header(layout)
+    data[: len(header)] = header
+    return data, _view_tensors(data, layout)
+
+
+def decode_tensors(data: Buffer, layout: Layout, *, is_finite: bool = True) -> dict[str, npt.NDArray[Any]]:
+    """Read canonical bytes; the arrays are views of `data`.
+
+    Parameters
+    ----------
+    is_finite
+        Refuse NaN and infinity; False leaves that to the caller.
 
     Raises
     ------
@@ -68,25 +81,13 @@ def decode_tensors(data: bytes | mmap.mmap, layout: Layout) -> dict[str, npt.NDA
     size = compute_size(layout)
     if len(data) != size:
         raise CheckpointError(f"{len(data)} bytes where the spec prescribes {size}")
-    if data[: len(header)] != header:
+    if bytes(memoryview(data)[: len(header)]) != header:
         raise CheckpointError("names, dtypes, shapes or order of the tensors are not those of the spec")
-    tensors: dict[str, npt.NDArray[np.generic]] = {}
-    offset = len(header)
-    for name, (dtype, shape) in sorted(layout.items()):
-        array = np.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
-        _require_finite(name, array)
-        tensors[name] = array
-        offset += _nbytes(dtype, shape)
+    tensors = _view_tensors(data, layout)
+    if is_finite:
+        for name, array in tensors.items():
+            _require_finite(name, array)
     return tensors
-
-
-def read_tensors(path: Path, layout: Layout) -> dict[str, npt.NDArray[np.generic]]:
-    """Map a blob on disk; nothing but the pages that are touched is read. See `decode_tensors` for what is raised."""
-    size = compute_size(layout)
-    if path.stat().st_size != size:
-        raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes where the spec prescribes {size}")
-    with path.open("rb") as file:
-        return decode_tensors(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), layout)
 
 
 def digest_tensors(tensors: Tensors, layout: Layout) -> str:
@@ -110,6 +111,15 @@ def _encode_entries(layout: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...])
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _view_tensors(data: Buffer, layout: Layout) -> dict[str, npt.NDArray[Any]]:
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    offset = len(_encode_header(layout))
+    for name, (dtype, shape) in sorted(layout.items()):
+        tensors[name] = np.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
+        offset += _nbytes(dtype, shape)
+    return tensors
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:

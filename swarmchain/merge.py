@@ -1,37 +1,47 @@
-"""Contributions → checkpoint and shares. Pure, and equal to the last bit on every machine.
+"""Contributions → checkpoint and shares. Pure, streaming, and equal to the last bit on every machine.
 
-What makes it so: float64 accumulation element by element in the order of the sites' indices (a product, then a sum,
-each rounded once: numpy fuses nothing across two calls), norms from squares that are added row by row in fixed blocks
-and then by `math.fsum` (exactly rounded), and nowhere a sum whose order a library chooses.
+What makes it so: every product and every sum is one correctly rounded step in an order that is written here and in
+`kernels`, sums over contributions go by the sites' indices, sums over elements by a fixed number of lanes that
+`math.fsum` (exactly rounded) adds up, and nowhere does a library choose an order. Contributions are read piece by piece
+from wherever they lie; of a merge nothing is in memory but the parent, the result, and one piece of each contribution.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from swarmchain.codec import list_deltas, read_piece
 from swarmchain.errors import CheckpointError
-from swarmchain.spec import Merge
+from swarmchain.kernels import LANES, add_between, add_middle, add_products, add_scaled, pack_keys, sort_columns
+from swarmchain.methods import Geometry, Pick, Plan, find_method
+from swarmchain.spec import Merge, Outer
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float64]
+Piece = tuple[str, int, int]
 
-_BLOCK = 4096
-_ROWS = 4
+# Elements of one contribution that are worked on at a time: of one alone, and where all are held side by side.
+PIECE = 32_768
+PIECE_OF_ALL = 2_048
+PRODUCT_LANES = 64
+_SINGLE_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Input:
-    """One site's verified contribution."""
+    """One site's verified contribution: coded tensors (see `codec`), and its norm as `compute_norm` gives it."""
 
     site: int
     samples: int
     tensors: Arrays
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -45,11 +55,10 @@ class Share:
 
 
 def merge_deltas(
-    parent: Arrays, inputs: Sequence[Input], settings: Merge, *, step_scale: float = 1.0
-) -> tuple[dict[str, npt.NDArray[np.float32]], list[Share]]:
-    """Parent plus the weighted mean of the norm-clipped deltas.
-
-    new = parent + step_scale · Σ weight_i · clip_i · delta_i, with clip_i = min(1, clip_factor · median norm / norm_i).
+    parent: Arrays, inputs: Sequence[Input], settings: Merge, *, into: Arrays, step_scale: float = 1.0,
+    piece: int | None = None,
+) -> tuple[list[Share], float | None]:
+    """Parent plus the merged delta, as the spec's method and outer optimiser make it.
 
     Parameters
     ----------
@@ -57,58 +66,89 @@ def merge_deltas(
         Checkpoint; tensors that no contribution names are carried over unchanged.
     inputs
         Contributions in any order, all with the same names and shapes.
+    into
+        Arrays of the parent's names and shapes that receive the new checkpoint. What does not fit a float32 becomes the
+        largest that does.
     step_scale
         1, halved after every rejected round.
+    piece
+        Elements at a time. The result does not depend on it.
+
+    Returns
+    -------
+    Every contribution's share, by site, and the norm above which the method clipped, if it has one.
 
     Raises
     ------
     CheckpointError
-        If there is no input, or the result is not finite.
+        If there is no input.
+    SpecError
+        If the spec names a method that is not installed here.
     """
-    ordered = sorted(inputs, key=lambda item: item.site)
-    if not ordered:
-        raise CheckpointError("a merge needs at least one contribution")
-    norms = [compute_norm(item.tensors) for item in ordered]
-    bound = settings.clip_factor * statistics.median(norms)
-    clips = [min(1.0, bound / norm) if norm > 0 else 1.0 for norm in norms]
-    weights = compute_weights([item.samples for item in ordered], settings)
-    factors = [clip * weight for clip, weight in zip(clips, weights, strict=True)]
-    merged = {name: np.asarray(tensor) for name, tensor in parent.items()}
-    for name in sorted(ordered[0].tensors):
-        total = _sum_scaled([item.tensors[name] for item in ordered], factors)
-        merged[name] = (parent[name].astype(np.float64) + total * step_scale).astype(np.float32)
-        if not np.isfinite(merged[name]).all():
-            raise CheckpointError(f"the merge of {name} is not finite")
-    shares = [Share(item.site, *parts) for item, *parts in zip(ordered, norms, clips, weights, strict=True)]
-    return merged, shares
+    ordered = _order(inputs)
+    names = list_deltas(ordered[0].tensors)
+    geometry = Geometry(compute_weights([item.samples for item in ordered], settings),
+                        [item.norm for item in ordered], lambda: compute_products(ordered))
+    plan = find_method(settings)(geometry, settings)
+    for name, tensor in parent.items():
+        if name not in names and not name.startswith("outer."):
+            np.copyto(into[name], tensor, casting="no")
+    merged = _pick_each(ordered, names, plan, plan.pick, piece) if plan.pick else _sum_all(ordered, names, plan, piece)
+    for where, delta in merged:
+        _step(parent, into, where, delta, outer=settings.outer, scale=step_scale)
+    return [Share(item.site, item.norm, clip, weight)
+            for item, clip, weight in zip(ordered, plan.clips, plan.weights, strict=True)], plan.bound
 
 
-def sum_statistics(inputs: Sequence[Input]) -> tuple[dict[str, npt.NDArray[np.generic]], list[Share]]:
+def sum_statistics(inputs: Sequence[Input], *, into: Arrays) -> list[Share]:
     """Sum over sites of every tensor, in the order of the sites' indices; all weights are 1.
 
     Raises
     ------
     CheckpointError
-        If there is no input, a count is negative or a sum is not finite.
+        If there is no input.
     """
-    ordered = sorted(inputs, key=lambda item: item.site)
-    if not ordered:
-        raise CheckpointError("a merge needs at least one contribution")
-    merged: dict[str, npt.NDArray[np.generic]] = {}
-    for name, first in sorted(ordered[0].tensors.items()):
-        total = np.zeros(first.shape, dtype=first.dtype)
+    ordered = _order(inputs)
+    for name in sorted(ordered[0].tensors):
+        total = into[name]
+        total[...] = 0
         for item in ordered:
             total += item.tensors[name]
-        if total.dtype.kind == "f" and not np.isfinite(total).all():
-            raise CheckpointError(f"the sum of {name} is not finite")
-        merged[name] = total
-    return merged, [Share(item.site, compute_norm(item.tensors), 1.0, 1.0) for item in ordered]
+        if total.dtype.kind == "f":
+            np.nan_to_num(total, copy=False)  # an overflow, since every input is finite
+    return [Share(item.site, item.norm, 1.0, 1.0) for item in ordered]
 
 
 def compute_norm(tensors: Arrays) -> float:
-    """Euclidean norm over all tensors, the same to the last bit whatever the machine."""
-    partial = [part for name in sorted(tensors) for part in _sum_squares(tensors[name])]
+    """Euclidean norm over all deltas of a contribution; infinity or NaN if any of them is."""
+    partial: list[float] = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name in list_deltas(tensors):
+            lanes = np.zeros(LANES)
+            for piece in _read_pieces(tensors, name):
+                add_products(lanes, piece, piece)
+            partial += lanes.tolist()
     return math.sqrt(math.fsum(partial))
+
+
+def compute_products(inputs: Sequence[Input]) -> list[list[float]]:
+    """Inner products of all pairs of contributions, [n, n], equal to the last bit whatever the machine."""
+    n = len(inputs)
+    pairs = [(i, j) for i in range(n) for j in range(i, n)]
+    partial: list[list[float]] = [[] for _ in pairs]
+    rows = np.empty((n, PIECE_OF_ALL), np.float32)
+    for name in list_deltas(inputs[0].tensors):
+        lanes = np.zeros((len(pairs), PRODUCT_LANES))
+        for start in range(0, inputs[0].tensors[name].size, PIECE_OF_ALL):
+            size = _fill(rows, inputs, name, start)
+            for pair, (i, j) in enumerate(pairs):
+                add_products(lanes[pair], rows[i, :size], rows[j, :size])
+        for found, lane in zip(partial, lanes.tolist(), strict=True):
+            found += lane
+    products = [[0.0] * n for _ in range(n)]
+    for (i, j), found in zip(pairs, partial, strict=True):
+        products[i][j] = products[j][i] = math.fsum(found)
+    return products
 
 
 def compute_weights(samples: Sequence[int], settings: Merge) -> list[float]:
@@ -135,40 +175,112 @@ def compute_weights(samples: Sequence[int], settings: Merge) -> list[float]:
         capped |= over
 
 
-def _sum_squares(tensor: npt.NDArray[Any]) -> list[float]:
-    """Sums of squares whose total is the tensor's squared norm, reduced in a fixed order.
-
-    The flat tensor is cut into rows of `_BLOCK`; the rows are added to one another, element by element. Some rows are
-    squared at a time, and written where the last ones were, so that they stay in the processor's cache.
-    """
-    flat = tensor.reshape(-1)
-    total = np.zeros(_BLOCK, dtype=np.float64)
-    squares = np.empty(min(_ROWS * _BLOCK, flat.size), dtype=np.float64)
-    for start in range(0, flat.size, _ROWS * _BLOCK):
-        part = flat[start : start + _ROWS * _BLOCK]
-        piece = squares[: part.size]
-        piece[:] = part
-        np.multiply(piece, piece, out=piece)
-        for at in range(0, part.size, _BLOCK):
-            row = piece[at : at + _BLOCK]
-            total[: row.size] += row
-    return total[: min(_BLOCK, flat.size)].tolist()  # type: ignore[no-any-return]
+def _sum_all(inputs: Sequence[Input], names: Sequence[str], plan: Plan, size: int | None
+             ) -> Iterator[tuple[Piece, Floats]]:
+    """Σ clip · weight · delta, piece by piece."""
+    factors = [clip * weight for clip, weight in zip(plan.clips, plan.weights, strict=True)]
+    total, scratch = np.empty(size or PIECE), np.empty(size or PIECE, np.float32)
+    for name in names:
+        length = inputs[0].tensors[name].size
+        for start in range(0, length, total.size):
+            stop = min(start + total.size, length)
+            sums = total[: stop - start]
+            sums[:] = 0.0
+            for item, factor in zip(inputs, factors, strict=True):
+                if factor:
+                    add_scaled(sums, read_piece(item.tensors, name, start, stop, scratch=scratch), factor)
+            yield (name, start, stop), sums
 
 
-def _sum_scaled(tensors: Sequence[npt.NDArray[Any]], weights: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Σ tensor_i · weight_i in the order given, each product and each sum rounded once.
+def _pick_each(inputs: Sequence[Input], names: Sequence[str], plan: Plan, pick: Pick, size: int | None
+               ) -> Iterator[tuple[Piece, Floats]]:
+    """The weighted median, or the mean of what is not trimmed, of every parameter by itself, piece by piece."""
+    n, width = len(inputs), size or PIECE_OF_ALL
+    network, weights = build_network(n), np.array(plan.weights)
+    total = math.fsum(plan.weights)
+    rows, keys = np.empty((1, width), np.float32), np.empty((n, width), np.int64)
+    for name in names:
+        length = inputs[0].tensors[name].size
+        for start in range(0, length, width):
+            stop = min(start + width, length)
+            found = keys[:, : stop - start]
+            for row, item in enumerate(inputs):
+                numbers = read_piece(item.tensors, name, start, stop, scratch=rows[0])
+                pack_keys(found[row], numbers.view(np.int32), row)
+            sort_columns(found, network)
+            sums = np.zeros((3, stop - start))
+            for row in found:
+                if pick.is_median:
+                    add_middle(sums, row, weights, 0.5 * total)
+                else:
+                    add_between(sums, row, weights, pick.low * total, pick.high * total)
+            yield (name, start, stop), np.divide(sums[2], sums[1], out=sums[2])
 
-    Element by element the tensors are added one after the other; the work is cut into pieces that stay in the
-    processor's cache while all tensors are added to them.
-    """
-    flats = [tensor.reshape(-1) for tensor in tensors]
-    total = np.zeros(flats[0].size, dtype=np.float64)
-    product = np.empty(min(_ROWS * _BLOCK, total.size), dtype=np.float64)
-    for start in range(0, total.size, _ROWS * _BLOCK):
-        sums = total[start : start + _ROWS * _BLOCK]
-        piece = product[: sums.size]
-        for flat, weight in zip(flats, weights, strict=True):
-            piece[:] = flat[start : start + sums.size]
-            np.multiply(piece, weight, out=piece)
-            sums += piece
-    return total.reshape(tensors[0].shape)
+
+@lru_cache(maxsize=4)
+def build_network(n: int) -> npt.NDArray[np.int64]:
+    """Comparators [m, 2] that sort n numbers: Batcher's merge exchange (Knuth, vol. 3, algorithm 5.2.2M)."""
+    pairs: list[tuple[int, int]] = []
+    top = 1 << max(0, (n - 1).bit_length() - 1)
+    p = top if n > 1 else 0
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            pairs += [(i, i + d) for i in range(n - d) if i & p == r]
+            if q == p:
+                break
+            d, q, r = q - p, q >> 1, p
+        p >>= 1
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _step(parent: Arrays, into: Arrays, where: Piece, delta: Floats, *, outer: Outer, scale: float) -> None:
+    """Move one piece of a parameter, and what the outer optimiser remembers of it. See `spec.Outer`."""
+    name, start, stop = where
+
+    def read(key: str) -> Floats:
+        found: Floats = parent[key].reshape(-1)[start:stop].astype(np.float64)
+        return found
+
+    def write(key: str, values: Floats) -> None:
+        into[key].reshape(-1)[start:stop] = np.clip(values, -_SINGLE_MAX, _SINGLE_MAX)
+
+    moved = delta
+    if outer.kind == "fedadam":
+        m = outer.momentum * read(f"outer.m.{name}") + (1.0 - outer.momentum) * delta
+        v = outer.decay * read(f"outer.v.{name}") + (1.0 - outer.decay) * (delta * delta)
+        write(f"outer.m.{name}", m)
+        write(f"outer.v.{name}", v)
+        moved = m / (np.sqrt(v) + outer.epsilon)
+    elif outer.kind != "none":
+        m = outer.momentum * read(f"outer.m.{name}") + delta
+        write(f"outer.m.{name}", m)
+        moved = m if outer.kind == "momentum" else delta + outer.momentum * m
+    write(name, read(name) + moved * (scale * outer.lr))
+
+
+def _read_pieces(tensors: Arrays, name: str) -> Iterator[npt.NDArray[Any]]:
+    """One tensor, flat: deltas decoded, sums of statistics as float64."""
+    tensor, scratch = tensors[name], np.empty(PIECE, np.float32)
+    for start in range(0, tensor.size, PIECE):
+        stop = min(start + PIECE, tensor.size)
+        if tensor.dtype.itemsize == 8:
+            yield tensor.reshape(-1)[start:stop].astype(np.float64)
+        else:
+            yield read_piece(tensors, name, start, stop, scratch=scratch)
+
+
+def _fill(rows: npt.NDArray[np.float32], inputs: Sequence[Input], name: str, start: int) -> int:
+    """The same piece of all contributions, side by side; returns its size."""
+    stop = min(start + rows.shape[1], inputs[0].tensors[name].size)
+    for row, item in zip(rows, inputs, strict=True):
+        row[: stop - start] = read_piece(item.tensors, name, start, stop, scratch=row)
+    return int(stop - start)
+
+
+def _order(inputs: Sequence[Input]) -> list[Input]:
+    if not inputs:
+        raise CheckpointError("a merge needs at least one contribution")
+    return sorted(inputs, key=lambda item: item.site)
+
+

@@ -19,6 +19,7 @@ from swarmchain.model import draw_parameters
 from swarmchain.protocol import RunView, compute_digest
 from swarmchain.spec import (
     CellTypeSpec,
+    ClippedMean,
     Gate,
     Limits,
     Merge,
@@ -97,9 +98,11 @@ def plan_cell_type(
     draft = CellTypeSpec(
         name=name, panel=Panel(features=features, share_min=panel_share_min), labels=labels,
         normalization=source.normalization, limits=limits, validation_share=source.validation_share,
-        model=model or Model(), training=training or Training(), merge=merge or Merge(), gate=gate or Gate(),
+        model=model or Model(), training=training or Training(), merge=merge or ClippedMean(), gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,
     )
     constants = compute_standardization(sums, source.panel.features, draft.panel)
-    seed = encode_tensors({**draw_parameters(draft), **constants}, checkpoint_layout(draft))
+    layout = checkpoint_layout(draft)
+    zeros = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}
+    seed = encode_tensors({**zeros, **draw_parameters(draft), **constants}, layout)
     return draft.model_copy(update={"seed_checkpoint": compute_digest(seed)}), seed

@@ -28,7 +28,9 @@ MANIFEST_BYTES_MAX = 1 << 20
 COMMITMENT_TYPE = keccak(b"swarmchain.commitment.v2")
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Reason = Literal["withheld", "opening invalid", "blob invalid"]
+# Why a commitment was not counted: nothing disclosed; an opening that does not open it; a blob that is not the bytes of
+# its name; bytes that are not the tensors of the spec; NaN or infinity among them.
+Reason = Literal["withheld", "opening invalid", "blob altered", "blob malformed", "not finite"]
 
 
 class Phase(IntEnum):
@@ -146,9 +148,13 @@ class Excluded(Strict):
 
 
 class Manifest(Strict):
-    """A round's certificate: what went into its checkpoint, with which shares, and what did not and why."""
+    """A round's certificate: what went into its checkpoint, with which shares, and what did not and why.
 
-    format: Literal["swarmchain-manifest/1"] = "swarmchain-manifest/1"
+    `bound` is the norm above which contributions were scaled down, None where the method does not; the merged delta was
+    multiplied with `step_scale`. `code` names the version of the merge's arithmetic.
+    """
+
+    format: Literal["swarmchain-manifest/2"] = "swarmchain-manifest/2"
     chain_id: int
     contract: str
     run: int
@@ -156,6 +162,7 @@ class Manifest(Strict):
     spec: Digest
     parent: Digest
     method: str
+    bound: float | None
     step_scale: float
     included: tuple[Included, ...]
     excluded: tuple[Excluded, ...]
@@ -173,7 +180,7 @@ class RoundKey:
     round_id: int
 
 
-def compute_digest(data: bytes) -> str:
+def compute_digest(data: bytes | bytearray | memoryview) -> str:
     """SHA-256 as 64 lower-case hex digits."""
     return hashlib.sha256(data).hexdigest()
 

@@ -23,13 +23,14 @@ from swarmchain.protocol import Digest, Strict, compute_digest, encode_canonical
 SPEC_BYTES_MAX = 16 << 20
 FEATURES_MAX = 200_000
 CLASSES_MAX = 1_000
+SCALE = ":scale"
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 # numpy's names; a layout says which tensors a blob holds, in canonical (sorted) order
-Layout = Mapping[str, tuple[Literal["float32", "float64", "int64"], tuple[int, ...]]]
+Layout = Mapping[str, tuple[Literal["float32", "float64", "int64", "float16", "int8"], tuple[int, ...]]]
 
 
 class Panel(Strict):
@@ -93,17 +94,101 @@ class Training(Strict):
     class_balance: Literal["none", "inverse_sqrt"] = "inverse_sqrt"
 
 
-class Merge(Strict):
-    """How contributions become a checkpoint.
+class Outer(Strict):
+    """What is done with the merged delta d, before it is added to the parent.
 
-    `clipped_mean`: every delta is scaled down to at most `clip_factor` times the median norm; shares are proportional
-    to `weighting`, none above `weight_max` (unless that cannot be met).
+    none
+        `lr` · d.
+    momentum, nesterov
+        m ← `momentum` · m + d, then `lr` · m, or `lr` · (d + `momentum` · m) (Sutskever et al. 2013; as DiLoCo's outer
+        step, Douillard et al. 2023).
+    fedadam
+        m ← `momentum` · m + (1 - `momentum`) · d, v ← `decay` · v + (1 - `decay`) · d², then
+        `lr` · m / (√v + `epsilon`) (Reddi et al. 2021, algorithm 2).
+
+    m and v start at zero and travel in the checkpoint.
     """
+
+    kind: Literal["none", "momentum", "nesterov", "fedadam"] = "none"
+    lr: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    epsilon: Positive = 1e-3
+
+
+class _Merge(Strict):
+    """What all merge methods have: shares proportional to `weighting`, none above `weight_max` where that can be."""
+
+    weighting: Literal["samples", "sqrt_samples", "equal"] = "sqrt_samples"
+    weight_max: Annotated[float, Field(gt=0, le=1)] = 0.5
+    outer: Outer = Outer()
+
+
+class ClippedMean(_Merge):
+    """Weighted mean of deltas that are scaled down to at most `clip_factor` times the median norm."""
 
     method: Literal["clipped_mean"] = "clipped_mean"
     clip_factor: Positive = 2.0
-    weighting: Literal["samples", "sqrt_samples", "equal"] = "sqrt_samples"
-    weight_max: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class Mean(_Merge):
+    """Weighted mean; one hostile site moves it as far as it likes."""
+
+    method: Literal["mean"] = "mean"
+
+
+class CoordinateMedian(_Merge):
+    """Weighted median of every parameter by itself (Yin et al. 2018)."""
+
+    method: Literal["coordinate_median"] = "coordinate_median"
+
+
+class TrimmedMean(_Merge):
+    """Weighted mean of every parameter by itself, without the `trim` of all weight at either end (Yin et al. 2018)."""
+
+    method: Literal["trimmed_mean"] = "trimmed_mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+
+
+class GeometricMedian(_Merge):
+    """Point of the least weighted sum of distances: Weiszfeld's steps, smoothed (Pillutla et al. 2022)."""
+
+    method: Literal["geometric_median"] = "geometric_median"
+    iterations: Annotated[int, Field(ge=1, le=100)] = 8
+
+
+class MultiKrum(_Merge):
+    """Weighted mean of all but the `hostile_max` deltas farthest from their neighbours (Blanchard et al. 2017)."""
+
+    method: Literal["multi_krum"] = "multi_krum"
+    hostile_max: Annotated[int, Field(ge=0, le=127)] = 1
+
+
+class CenteredClipping(_Merge):
+    """Steps towards the deltas, none longer than `clip_factor` times the median norm (Karimireddy et al. 2021)."""
+
+    method: Literal["centered_clipping"] = "centered_clipping"
+    clip_factor: Positive = 1.0
+    iterations: Annotated[int, Field(ge=1, le=100)] = 3
+
+
+class CustomMerge(_Merge):
+    """A method of the consortium's own, from the entry point `name` in the group `swarmchain.merge_methods`.
+
+    `code` is the SHA-256 of the source file that defines it: every site must have installed the same.
+    """
+
+    method: Literal["custom"] = "custom"
+    name: Name
+    code: Digest
+    settings: dict[str, float] = {}
+
+
+Merge = Annotated[
+    ClippedMean | Mean | CoordinateMedian | TrimmedMean | GeometricMedian | MultiKrum | CenteredClipping | CustomMerge,
+    Field(discriminator="method"),
+]
+Codec = Literal["float32", "float16", "int8"]
 
 
 class Gate(Strict):
@@ -151,7 +236,8 @@ class CellTypeSpec(_CellSpec):
     task: Literal["cell_type"] = "cell_type"
     model: Model = Model()
     training: Training = Training()
-    merge: Merge = Merge()
+    merge: Merge = ClippedMean()
+    codec: Codec = "float32"
     gate: Gate = Gate()
     statistics: StatisticsRef
     seed_checkpoint: Digest
@@ -162,7 +248,8 @@ class RehearsalSpec(_Spec):
 
     task: Literal["rehearsal"] = "rehearsal"
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=FEATURES_MAX)], ...], Field(min_length=2)]
-    merge: Merge = Merge()
+    merge: Merge = ClippedMean()
+    codec: Codec = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
@@ -233,16 +320,32 @@ def constant_layout(spec: CellTypeSpec) -> Layout:
 
 
 def contribution_layout(spec: Spec) -> Layout:
-    """Tensors of one site's contribution."""
+    """Tensors of one site's contribution; with the codec `int8`, `<name>:scale` is what a unit stands for."""
     if isinstance(spec, StatisticsSpec):
         return statistics_layout(len(spec.panel.features), len(spec.labels))
-    return parameter_layout(spec)
+    return code_layout(parameter_layout(spec), spec.codec)
+
+
+def code_layout(layout: Layout, codec: Codec) -> Layout:
+    """The layout of float32 deltas once they are coded."""
+    coded: dict[str, Any] = {name: (codec, shape) for name, (_, shape) in layout.items()}
+    if codec == "int8":
+        coded |= {f"{name}{SCALE}": ("float32", ()) for name in layout}
+    return dict(sorted(coded.items()))
+
+
+def outer_layout(parameters: Layout, merge: Merge) -> Layout:
+    """Tensors that the outer optimiser remembers from round to round."""
+    moments = {"none": (), "momentum": ("m",), "nesterov": ("m",), "fedadam": ("m", "v")}[merge.outer.kind]
+    return {f"outer.{moment}.{name}": entry for moment in moments for name, entry in parameters.items()}
 
 
 def checkpoint_layout(spec: Spec) -> Layout:
     """Tensors of the run's checkpoints."""
     if isinstance(spec, StatisticsSpec):
         return statistics_layout(len(spec.panel.features), len(spec.labels))
-    if isinstance(spec, RehearsalSpec):
-        return parameter_layout(spec)
-    return dict(sorted({**parameter_layout(spec), **constant_layout(spec)}.items()))
+    parameters = parameter_layout(spec)
+    layout = {**parameters, **outer_layout(parameters, spec.merge)}
+    if isinstance(spec, CellTypeSpec):
+        layout |= constant_layout(spec)
+    return dict(sorted(layout.items()))

@@ -10,6 +10,7 @@ gets a temporary file that is renamed, object stores do so by themselves.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import uuid
@@ -20,8 +21,8 @@ import fsspec
 import numpy.typing as npt
 from fsspec.implementations.local import LocalFileSystem
 
-from swarmchain.checkpoint import compute_size, decode_tensors
-from swarmchain.errors import BlobMissing, StoreError, StoreFull, StoreUnreachable
+from swarmchain.checkpoint import Buffer, compute_size, decode_tensors
+from swarmchain.errors import BlobMissing, CheckpointError, StoreError, StoreFull, StoreUnreachable
 from swarmchain.protocol import MANIFEST_BYTES_MAX, OPENING_BYTES_MAX, Manifest, compute_digest, parse_manifest
 from swarmchain.spec import SPEC_BYTES_MAX, Spec, checkpoint_layout, parse_spec
 
@@ -29,6 +30,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 # What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PIECE = 256 << 10
 _PERMISSIONS = "check that the store is there, and that this account may write to it"
 
 
@@ -67,9 +69,9 @@ class Store:
         """Whether a blob of this name is there; its content is checked on reading only."""
         return self._exists(self._blob_path(digest))
 
-    def put_blob(self, data: bytes) -> str:
-        """Store `data` under its digest, once; return the digest."""
-        digest = compute_digest(data)
+    def put_blob(self, data: Buffer, *, digest: str = "") -> str:
+        """Store `data` under its digest, once; return the digest. Whoever has computed it says it."""
+        digest = digest or compute_digest(data)
         path = self._blob_path(digest)
         if not self._exists(path):
             self._write(path, data)
@@ -87,15 +89,32 @@ class Store:
         """
         data = self._read(self._blob_path(digest), bytes_max=bytes_max)
         if compute_digest(data) != digest:
-            raise StoreError(
-                f"blob {digest[:12]}… in {self.url} is not what its name says",
-                hint="somebody altered it or a write broke off: remove it, a site that holds it will put it back",
-            )
+            raise self._altered(digest)
         return data
 
-    def restore_blob(self, data: bytes) -> str:
+    def _altered(self, digest: str) -> StoreError:
+        return StoreError(
+            f"blob {digest[:12]}… in {self.url} is not what its name says",
+            hint="somebody altered it or a write broke off: remove it, a site that holds it will put it back",
+        )
+
+    def read_blob(self, digest: str, into: memoryview) -> None:
+        """Fetch a blob of exactly the size of `into`, in pieces that are hashed while the processor's cache has them.
+
+        Raises
+        ------
+        CheckpointError
+            If it has another size.
+        StoreError
+            As `get_blob` does.
+        """
+        found = self._call(self._blob_path(digest), "read", self._read_into, self._blob_path(digest), into)
+        if found != digest:
+            raise self._altered(digest)
+
+    def restore_blob(self, data: Buffer, *, digest: str = "") -> str:
         """Store `data` under its digest even where something else lies there; return the digest."""
-        digest = compute_digest(data)
+        digest = digest or compute_digest(data)
         try:
             self.get_blob(digest, bytes_max=len(data))
         except StoreError:
@@ -153,13 +172,31 @@ class Store:
             raise StoreError(f"{_short(path)} in {self.url} is longer than the {bytes_max} bytes it may have")
         return data
 
-    def _write(self, path: str, data: bytes) -> None:
+    def _read_into(self, path: str, into: memoryview) -> str:
+        """Fill `into`, and return the digest of what was read."""
+        sha, at = hashlib.sha256(), 0
+        with self._open(path) as file:
+            while at < len(into) and (count := file.readinto(into[at : at + _PIECE])):
+                sha.update(into[at : at + count])
+                at += count
+            is_longer = at == len(into) and file.read(1)
+        self.bytes_down += at
+        if at < len(into) or is_longer:
+            size = f"more than {at}" if is_longer else at
+            raise CheckpointError(f"{_short(path)} in {self.url}: {size} bytes where the spec prescribes {len(into)}")
+        return sha.hexdigest()
+
+    def _open(self, path: str) -> Any:
+        # a folder's files without Python's own buffer: it would copy everything once more
+        return Path(path).open("rb", buffering=0) if self._is_folder else self._fs.open(path, "rb")
+
+    def _write(self, path: str, data: Buffer) -> None:
         self._call(path, "write", self._write_now, path, data)
         self.bytes_up += len(data)
 
-    def _write_now(self, path: str, data: bytes) -> None:
+    def _write_now(self, path: str, data: Buffer) -> None:
         if not self._is_folder:
-            self._fs.pipe_file(path, data)
+            self._fs.pipe_file(path, bytes(data))
             return
         target = Path(path)
         if not self._was_there:

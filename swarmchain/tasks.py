@@ -18,7 +18,7 @@ import numpy.typing as npt
 from swarmchain.config import SiteConfig
 from swarmchain.errors import SpecError
 from swarmchain.protocol import RoundKey, derive_seed
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, StatisticsSpec, parameter_layout
+from swarmchain.spec import CellTypeSpec, RehearsalSpec, StatisticsSpec, checkpoint_layout, parameter_layout
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Judgement = tuple[bool, float | None]
@@ -172,7 +172,7 @@ def start_parent(spec: StatisticsSpec | RehearsalSpec) -> Arrays:
     """Tensors that the first round starts from where no seed checkpoint is named: none, or zeros."""
     if isinstance(spec, StatisticsSpec):
         return {}
-    return {name: np.zeros(shape, dtype) for name, (dtype, shape) in parameter_layout(spec).items()}
+    return {name: np.zeros(shape, dtype) for name, (dtype, shape) in checkpoint_layout(spec).items()}
 
 
 def _count(data: Any) -> dict[str, int]:

@@ -6,22 +6,36 @@ Knows the run's tensors and the site's cells, and neither keys nor transactions:
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_one
-from swarmchain.checkpoint import encode_tensors
-from swarmchain.config import SiteConfig
-from swarmchain.errors import SpecError, SwarmError
+from swarmchain.checkpoint import decode_tensors, encode_tensors
+from swarmchain.codec import encode_deltas
+from swarmchain.config import SiteConfig, write_file
+from swarmchain.errors import CheckpointError, SpecError, SwarmError
+from swarmchain.methods import find_method
 from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec, contribution_layout
+from swarmchain.spec import (
+    CellTypeSpec,
+    RehearsalSpec,
+    Spec,
+    StatisticsSpec,
+    contribution_layout,
+    parameter_layout,
+)
+from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 from swarmchain.tasks import Assignment, CellTypeTask, RehearsalTask, StatisticsTask, Task, start_parent
+
+# Residuals that are kept: a chain may lose blocks, and rounds come again.
+RESIDUALS = 32
 
 
 class RunWork:
     """All that one site does for one run, over the tensors and cells of that run.
 
     Contributions of others that were found good are kept until the round is over, so that each is fetched and hashed
-    once, as it arrives.
+    once, as it arrives. What coding lost of this site's own contributions is kept for the next ones.
 
     Parameters
     ----------
@@ -41,12 +55,16 @@ class RunWork:
         self.spec_digest = view.spec
         self.spec = read_spec(store, view.spec)
         self._folder = config.work_dir / "training" / str(view.run)
+        self._spool = Spool(config.work_dir / "spool")
         self._parent: tuple[str, Arrays] = ("", {})
+        self._made: tuple[str, Arrays] = ("", {})
         self._round: RoundKey | None = None
         self._good: dict[int, Gathered] = {}
         self.task = self._prepare(config, view_run)
 
     def _prepare(self, config: SiteConfig, view_run: Callable[[int], RunView]) -> Task:
+        if not isinstance(self.spec, StatisticsSpec):
+            find_method(self.spec.merge)
         if isinstance(self.spec, RehearsalSpec):
             return RehearsalTask(self.spec)
         if isinstance(self.spec, StatisticsSpec):
@@ -70,7 +88,9 @@ class RunWork:
             digest = view.checkpoint
         else:
             digest = self.spec.seed_checkpoint if isinstance(self.spec, CellTypeSpec) else NO_PARENT
-        if self._parent[0] != digest:
+        if self._made[0] == digest:
+            self._parent, self._made = self._made, ("", {})
+        elif self._parent[0] != digest:
             tensors = start_parent(self.spec) if isinstance(self.spec, RehearsalSpec) and digest == NO_PARENT \
                 else read_checkpoint(self.store, digest, self.spec)
             self._parent = (digest, tensors)
@@ -80,7 +100,30 @@ class RunWork:
         """Bytes of this site's contribution, its number of training cells, and remarks."""
         assignment = Assignment(key, self.site, self.read_parent(view), self._folder)
         tensors, samples, metrics = self.task.contribute(assignment)
+        if not isinstance(self.spec, StatisticsSpec):
+            residual = self._read_residual(view.finalized_round)
+            tensors, lost = encode_deltas(tensors, self.spec.codec, residual=residual)
+            self._keep_residual(key.round_id, lost)
         return encode_tensors(tensors, contribution_layout(self.spec)), samples, metrics
+
+    def _read_residual(self, round_id: int) -> Arrays | None:
+        """What coding lost of this site's contribution to a round; None if it did not contribute to it."""
+        assert not isinstance(self.spec, StatisticsSpec)
+        try:
+            data = self._residual_path(round_id).read_bytes()
+            return decode_tensors(data, parameter_layout(self.spec))
+        except (FileNotFoundError, CheckpointError):
+            return None
+
+    def _keep_residual(self, round_id: int, lost: Arrays) -> None:
+        assert not isinstance(self.spec, StatisticsSpec)
+        if self.spec.codec == "float32":
+            return
+        write_file(self._residual_path(round_id), encode_tensors(lost, parameter_layout(self.spec)), mode=0o600)
+        self._residual_path(round_id - RESIDUALS).unlink(missing_ok=True)
+
+    def _residual_path(self, round_id: int) -> Path:
+        return self._folder / f"residual-{round_id}.safetensors"
 
     def check(self, view: RunView, key: RoundKey, site: int) -> Reason | None:
         """Fetch what a committed site disclosed; None if it is good, else what is wrong with it by now."""
@@ -89,7 +132,7 @@ class RunWork:
         if known is not None and known.commitment == view.commitments[site]:
             self._good[site] = known
             return None
-        found = gather_one(self.store, view.commitments[site], self.spec, key=key, site=site)
+        found = gather_one(self.store, self._spool, view.commitments[site], self.spec, key=key, site=site)
         if isinstance(found, Gathered):
             self._good[site] = found
             return None
@@ -110,8 +153,10 @@ class RunWork:
                     for site, reason in reasons.items() if reason is not None]
         if not counted:
             return None
-        return certify(self.spec, self.read_parent(view), (counted, excluded), key=key, spec_digest=self.spec_digest,
+        made = certify(self.spec, self.read_parent(view), (counted, excluded), key=key, spec_digest=self.spec_digest,
                        rejections=view.rejections)
+        self._made = (made.manifest.checkpoint, made.tensors)
+        return made
 
     def judge(self, certified: Certified, view: RunView) -> tuple[bool, float | None]:
         """Whether the checkpoint passes this site's gate, and its macro-F1 on the site's validation cells."""

@@ -14,7 +14,7 @@ from conftest import make_signers, write_cells
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmchain.checkpoint import compute_size, decode_tensors, digest_tensors, encode_tensors
+from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
 from swarmchain.config import DataConfig, read_site_config, render_site_toml
 from swarmchain.data import choose_validation, normalize, read_cells
 from swarmchain.errors import (
@@ -29,9 +29,8 @@ from swarmchain.errors import (
     StoreUnreachable,
 )
 from swarmchain.keys import create_keystore, open_keystore
-from swarmchain.merge import Input, compute_weights, merge_deltas
 from swarmchain.protocol import Opening, RoundKey, encode_canonical, parse_opening
-from swarmchain.spec import Merge, Normalization, parse_spec
+from swarmchain.spec import Normalization, parse_spec
 from swarmchain.store import Store
 
 LAYOUT = {"a": ("float32", (3, 2)), "b": ("int64", (4,))}
@@ -63,65 +62,6 @@ def test_invalid_checkpoint(spoil: str) -> None:
     changed = {"truncated": data[:-1], "longer": data + b"\0", "header": bytes(8) + data[8:], "nan": data}[spoil]
     with pytest.raises(CheckpointError):
         decode_tensors(bytes(changed), LAYOUT)
-
-
-# -- merge
-
-SCRIPT = """
-import numpy as np
-from swarmchain.checkpoint import digest_tensors
-from swarmchain.merge import Input, merge_deltas
-from swarmchain.spec import Merge
-g = np.random.default_rng(1)
-shape = (257, 129)
-parent = {"w": g.normal(size=shape).astype(np.float32)}
-inputs = [Input(i, 10 + i, {"w": (g.normal(size=shape) * (i + 1)).astype(np.float32)}) for i in range(5)]
-merged, shares = merge_deltas(parent, inputs, Merge())
-print(digest_tensors(merged, {"w": ("float32", shape)}), [s.norm.hex() for s in shares])
-"""
-
-
-def test_merge_is_equal_to_the_last_bit_whatever_the_cpu() -> None:
-    found = set()
-    for capability in ("default", "avx2", "avx512"):
-        for threads in ("1", "2"):
-            numpy_off = "AVX2 AVX512F AVX512_SKX" if capability == "default" else ""
-            env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": threads}
-            if numpy_off:
-                env["NPY_DISABLE_CPU_FEATURES"] = numpy_off
-            command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-            done = subprocess.run(command, capture_output=True, text=True, env=env)
-            assert done.returncode == 0, done.stderr
-            found.add(done.stdout)
-    assert len(found) == 1
-
-
-def make_inputs(scale: float = 1.0) -> list[Input]:
-    g = np.random.default_rng(0)
-    deltas = [g.normal(size=50).astype(np.float32) for _ in range(4)]
-    deltas[3] = deltas[3] * np.float32(scale)
-    return [Input(i, 100, {"w": d}) for i, d in enumerate(deltas)]
-
-
-def test_merge_ignores_the_order_of_arrival() -> None:
-    parent = {"w": np.zeros(50, np.float32)}
-    forward, _ = merge_deltas(parent, make_inputs(), Merge())
-    backward, _ = merge_deltas(parent, make_inputs()[::-1], Merge())
-    assert digest_tensors(forward, {"w": ("float32", (50,))}) == digest_tensors(backward, {"w": ("float32", (50,))})
-
-
-def test_merge_bounds_a_scaled_contribution() -> None:
-    parent = {"w": np.zeros(50, np.float32)}
-    merged, shares = merge_deltas(parent, make_inputs(1000.0), Merge())
-    assert shares[3].clip_factor < 0.01
-    assert np.linalg.norm(merged["w"]) < 20
-
-
-@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=20), st.sampled_from(["samples", "sqrt_samples", "equal"]))
-def test_merge_weights_sum_to_one_and_keep_the_cap(samples: list[int], weighting: str) -> None:
-    weights = compute_weights(samples, Merge(weighting=weighting, weight_max=0.5))
-    assert abs(sum(weights) - 1) < 1e-12
-    assert max(weights) <= max(0.5, 1 / len(samples)) + 1e-12
 
 
 # -- store

@@ -1,0 +1,107 @@
+"""The merge's inner loops, compiled by Numba: one pass over the numbers each, with no temporary arrays.
+
+Every product and every sum is rounded once, in the order written: without `fastmath` LLVM neither fuses a product with
+a sum nor reorders sums, whatever vectors the CPU has. What may be vectorised are the lanes, and those do not meet.
+Compiled code is kept beside this file, or in the user's cache folder where that is read-only.
+
+Legend: n contributions, k elements of one piece, L lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LANES = 256
+
+
+def _compile(function: F) -> F:
+    try:
+        return cast(F, numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # no folder to keep compiled code in
+        return cast(F, numba.njit(nogil=True)(function))
+
+
+@_compile
+def add_scaled(total: Floats, x: Singles, factor: float) -> None:
+    """Add x · factor to `total`, both [k]."""
+    for j in range(x.size):
+        total[j] += np.float64(x[j]) * factor
+
+
+@_compile
+def add_products(lanes: Floats, x: Singles, y: Singles) -> None:
+    """Add x_j · y_j to lane j mod L, in the order of j. `lanes` is [L], the others [k]."""
+    width = lanes.size
+    for start in range(0, x.size, width):
+        a = x[start : start + width]
+        b = y[start : start + width]
+        for j in range(a.size):
+            lanes[j] += np.float64(a[j]) * np.float64(b[j])
+
+
+@_compile
+def pack_keys(keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int32], row: int) -> None:
+    """One row of sortable keys: the float32's order above, the contribution's row (below 256) beneath.
+
+    A float32's bits read as an integer are ordered as the numbers are, once those below zero are turned over.
+    """
+    for j in range(bits.size):
+        b = np.int64(bits[j])
+        keys[j] = ((b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))) << np.int64(8)) | np.int64(row)
+
+
+@_compile
+def sort_columns(keys: npt.NDArray[np.int64], pairs: npt.NDArray[np.int64]) -> None:
+    """Sort every column of [n, k] by a network of comparators, [m, 2]: the same steps for all columns, no branch."""
+    for m in range(pairs.shape[0]):
+        low = keys[pairs[m, 0]]
+        high = keys[pairs[m, 1]]
+        for j in range(low.size):
+            a = low[j]
+            b = high[j]
+            low[j] = min(a, b)
+            high[j] = max(a, b)
+
+
+@_compile
+def add_between(sums: Floats, keys: npt.NDArray[np.int64], weights: Floats, low: float, high: float) -> None:
+    """One row of sorted keys, [k], the smallest numbers first, into the mean of what lies between two total weights.
+
+    `sums` is [3, k]: the weight of the rows so far, the weight of what was kept, and the kept numbers times theirs.
+    """
+    passed, kept, total = sums[0], sums[1], sums[2]
+    for j in range(keys.size):
+        b = keys[j] >> np.int64(8)
+        value = np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
+        before = passed[j]
+        after = before + weights[keys[j] & np.int64(255)]
+        part = max(0.0, min(after, high) - max(before, low))
+        total[j] += value * part
+        kept[j] += part
+        passed[j] = after
+
+
+@_compile
+def add_middle(sums: Floats, keys: npt.NDArray[np.int64], weights: Floats, half: float) -> None:
+    """As `add_between`, for the median: numbers whose weights reach up to `half` from one side and from the other."""
+    passed, kept, total = sums[0], sums[1], sums[2]
+    for j in range(keys.size):
+        b = keys[j] >> np.int64(8)
+        value = np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
+        before = passed[j]
+        weight = weights[keys[j] & np.int64(255)]
+        after = before + weight
+        if weight > 0.0 and before <= half and after >= half:
+            total[j] += value
+            kept[j] += 1.0
+        passed[j] = after
