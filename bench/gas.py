@@ -20,7 +20,7 @@ from typing import Any
 
 from eth_account import Account
 
-from swarmchain.chain import SwarmContract, deploy_contract
+from swarmchain.chain import SwarmContract, deploy_contract, encode_call
 from swarmchain.devchain import start_devchain
 from swarmchain.keys import Signer
 from swarmchain.node import Node, load_artifact
@@ -104,7 +104,7 @@ def play_rounds(contract: SwarmContract, signers: list[Signer], run: int, rounds
     nonces = {signer.address: web3.eth.get_transaction_count(signer.address) for signer in signers}  # type: ignore[arg-type]
 
     def send(signer: Signer, name: str, *arguments: Any) -> Any:
-        data = contract._contract.encode_abi(name, args=list(arguments))
+        data = encode_call(name, arguments)
         raw = signer.sign_transaction({
             "to": contract.address, "data": data, "chainId": contract.chain_id, "gas": 300_000, "gasPrice": 0,
             "value": 0, "nonce": nonces[signer.address]})

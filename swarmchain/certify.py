@@ -29,7 +29,7 @@ from swarmchain.protocol import (
     encode_canonical,
     parse_opening,
 )
-from swarmchain.spec import Spec, StatisticsSpec, checkpoint_layout, contribution_layout
+from swarmchain.spec import Layout, Spec, StatisticsSpec, checkpoint_layout
 from swarmchain.spool import Spool
 from swarmchain.store import Store
 
@@ -110,11 +110,12 @@ def certify(
     return Certified(checkpoint, tensors, manifest, encode_canonical(manifest))
 
 
-def gather_one(store: Store, spool: Spool, commitment: str, spec: Spec, *, key: RoundKey, site: int
+def gather_one(store: Store, spool: Spool, commitment: str, layout: Layout, *, key: RoundKey, site: int
                ) -> Gathered | Reason:
     """Fetch and check what a committed site opened; the reason why it does not count if it does not.
 
-    The bytes come to lie in the spool's slot of the site, until the next are gathered there.
+    `layout` is the run's `contribution_layout`. The bytes come to lie in the spool's slot of the site, until the next
+    are gathered there.
 
     Raises
     ------
@@ -129,7 +130,6 @@ def gather_one(store: Store, spool: Spool, commitment: str, spec: Spec, *, key: 
         return "opening invalid"
     if compute_commitment(key, site, opening) != commitment:
         return "opening invalid"
-    layout = contribution_layout(spec)
     data = spool.get_slot(site, compute_size(layout))
     try:
         store.read_blob(opening.digest, data)

@@ -9,8 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
+from eth_abi.abi import decode as abi_decode
+from eth_abi.abi import encode as abi_encode
+from eth_abi.exceptions import DecodingError
+from eth_utils.abi import function_abi_to_4byte_selector, get_abi_input_types, get_abi_output_types
 from eth_utils.address import to_checksum_address
 from web3.logs import DISCARD
 
@@ -93,7 +98,7 @@ class SwarmContract:
         self.address = to_checksum_address(deployment.contract)
         self.send: Send = send or node.send
         node.require(self.chain_id, self.address, code_digest())
-        self._contract = node.web3.eth.contract(address=self.address, abi=load_artifact()["abi"])
+        self._events = node.web3.eth.contract(address=self.address, abi=load_artifact()["abi"]).events
 
     # -- reading
 
@@ -102,7 +107,7 @@ class SwarmContract:
         active = mask_to_sites(int(self._call("activeSites")))
         records = []
         for i in range(int(self._call("siteCount"))):
-            key, name, seal_key = _fields(self._call("siteAt", i))
+            key, name, seal_key = self._call("siteAt", i)
             sealed = seal_key.hex() if any(seal_key) else ""
             records.append(SiteRecord(i, to_checksum_address(key), _text(name), i in active, sealed))
         return records
@@ -119,7 +124,7 @@ class SwarmContract:
         """All proposed changes, whatever became of them."""
         proposals = []
         for i in range(1, int(self._call("proposalCount")) + 1):
-            subject, kind, deadline, executed, data, approvals = _fields(self._call("proposalAt", i))
+            subject, kind, deadline, executed, data, approvals = self._call("proposalAt", i)
             about = (Change(kind), to_checksum_address(subject), data.hex(), deadline, executed)
             proposals.append(ChangeProposal(i, *about, mask_to_sites(approvals)))
         return proposals
@@ -152,7 +157,7 @@ class SwarmContract:
         found: list[Event] = []
         for start in range(self.block if from_block is None else from_block, head + 1, span):
             for name in names:
-                event = getattr(self._contract.events, name)()
+                event = getattr(self._events, name)()
                 about: dict[str, Any] = {"from_block": start, "to_block": min(start + span - 1, head),
                                          "argument_filters": {"run": run} if run is not None else {}}
                 found += [_to_event(log) for log in self.node.ask(lambda e=event, a=about: e.get_logs(**a))]  # type: ignore[misc]
@@ -175,7 +180,7 @@ class SwarmContract:
         """Propose a run and return its number."""
         words = (terms.commit_window_s, terms.vote_window_s, terms.sites_min, terms.quorum_bps)
         receipt = self._transact(signer, "proposeRun", bytes.fromhex(spec), words)
-        logs = self._contract.events.RunProposed().process_receipt(receipt, errors=DISCARD)
+        logs = self._events.RunProposed().process_receipt(receipt, errors=DISCARD)
         return int(logs[0]["args"]["run"])
 
     def propose_change(self, signer: Signer, kind: Change, *, subject: str, data: str = "") -> int:
@@ -190,7 +195,7 @@ class SwarmContract:
         """
         words = (int(kind), to_checksum_address(subject), bytes.fromhex(data.rjust(64, "0")))
         receipt = self._transact(signer, "propose", *words)
-        logs = self._contract.events.ChangeProposed().process_receipt(receipt, errors=DISCARD)
+        logs = self._events.ChangeProposed().process_receipt(receipt, errors=DISCARD)
         return int(logs[0]["args"]["proposal"])
 
     def approve_change(self, signer: Signer, proposal: int) -> int:
@@ -228,17 +233,16 @@ class SwarmContract:
         return self._gas(self._transact(signer, "vote", *arguments))
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        return self.node.ask(lambda: self._contract.functions[name](*arguments).call())
+        return decode_results(name, self.node.call({"to": self.address, "data": encode_call(name, arguments)}))
 
     def _transact(self, signer: Signer, name: str, *arguments: Any) -> Any:
-        function = self._contract.functions[name](*arguments)
-        block = self.node.profile.trial_block
-        self.node.ask(lambda: function.call({"from": signer.address}, block_identifier=block))
-        data = self._contract.encode_abi(name, args=list(arguments))
-        receipt = self.send(signer, {"to": self.address, "data": data}, gas=GAS_MAX[name], purpose=name)
+        call = {"to": self.address, "data": encode_call(name, arguments)}
+        trial = {**call, "from": signer.address}
+        self.node.call(trial, block=self.node.profile.trial_block)
+        receipt = self.send(signer, call, gas=GAS_MAX[name], purpose=name)
         if receipt["status"] != 1:
             # the world moved between the trial and the block: ask again for the reason
-            self.node.ask(lambda: function.call({"from": signer.address}))
+            self.node.call(trial)
             raise ChainError(f"transaction {name} failed in block {receipt['blockNumber']} for no reason it gave")
         return receipt
 
@@ -264,6 +268,31 @@ def deploy_contract(node: Node, signer: Signer, founders: Sequence[tuple[str, st
     )
 
 
+def encode_call(name: str, arguments: Sequence[Any]) -> str:
+    """Data of a call of one function, as hex."""
+    selector, types, _ = _signatures()[name]
+    return "0x" + (selector + abi_encode(types, arguments)).hex()
+
+
+def decode_results(name: str, data: bytes) -> Any:
+    """What one function returned: a value, or a tuple of them; structs are tuples. Raises `ChainError`."""
+    _, _, types = _signatures()[name]
+    try:
+        values = abi_decode(types, data)
+    except (DecodingError, OverflowError) as exc:
+        raise ChainError(f"the contract's answer to {name} is none: {len(data)} bytes", hint="is the node in order?"
+                         ) from exc
+    return values[0] if len(values) == 1 else values
+
+
+@cache
+def _signatures() -> dict[str, tuple[bytes, list[str], list[str]]]:
+    """Selector, and types of arguments and results, of every function. web3 would work them out at every call."""
+    functions: list[Any] = [entry for entry in load_artifact()["abi"] if entry["type"] == "function"]
+    return {entry["name"]: (function_abi_to_4byte_selector(entry), get_abi_input_types(entry),
+                            get_abi_output_types(entry)) for entry in functions}
+
+
 def code_digest() -> str:
     """SHA-256 of the contract's runtime code; it has no immutables, so it is the same at every address."""
     return hashlib.sha256(bytes.fromhex(load_artifact()["runtime"])).hexdigest()
@@ -278,12 +307,10 @@ def encode_name(name: str) -> bytes:
 
 
 def _to_view(run: int, raw: Any, now: int) -> RunView:
-    names = [c["name"] for entry in load_artifact()["abi"] if entry.get("name") == "viewRun"
-             for c in entry["outputs"][0]["components"]]
-    v = dict(zip(names, _fields(raw), strict=True))
+    v = dict(zip(_view_fields(), raw, strict=True))
     sites = {k: mask_to_sites(v[k]) for k in ("joined", "members", "expected", "committed", "voted", "rejecting")}
     return RunView(
-        run=run, spec=v["spec"].hex(), terms=Terms(*_fields(v["terms"])), proposer=v["proposer"],
+        run=run, spec=v["spec"].hex(), terms=Terms(*v["terms"]), proposer=v["proposer"],
         successor=_to_address(v["successor"]), round_id=v["round"],
         phase=Phase(v["phase"]), outcome=Outcome(v["outcome"]), commit_deadline=v["commitDeadline"],
         vote_deadline=v["voteDeadline"], quorum=v["quorum"],
@@ -293,9 +320,11 @@ def _to_view(run: int, raw: Any, now: int) -> RunView:
     )
 
 
-def _fields(struct: Any) -> tuple[Any, ...]:
-    """The fields of a struct in their order, however web3 was told to return it."""
-    return tuple(struct.values()) if isinstance(struct, dict) else tuple(struct)
+@cache
+def _view_fields() -> list[str]:
+    """Names of the fields of ISwarm.RunView, in their order."""
+    return [c["name"] for entry in load_artifact()["abi"] if entry.get("name") == "viewRun"
+            for c in entry["outputs"][0]["components"]]
 
 
 def _to_address(word: str) -> str:

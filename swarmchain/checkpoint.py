@@ -48,7 +48,7 @@ def encode_tensors(tensors: Tensors, layout: Layout) -> bytes:
         raise CheckpointError(f"tensors {sorted(set(tensors) ^ set(layout))} are missing or too many")
     parts = [_encode_header(layout)]
     for name, (dtype, shape) in sorted(layout.items()):
-        array = np.ascontiguousarray(tensors[name])
+        array = np.asarray(tensors[name], order="C")
         if array.dtype != np.dtype(dtype) or array.shape != tuple(shape):
             raise CheckpointError(f"tensor {name} is {array.dtype}{array.shape}, not {dtype}{tuple(shape)}")
         _require_finite(name, array)

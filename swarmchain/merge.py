@@ -261,7 +261,11 @@ def _step(parent: Arrays, into: Arrays, where: Piece, delta: Floats, *, outer: O
 
 def _read_pieces(tensors: Arrays, name: str) -> Iterator[npt.NDArray[Any]]:
     """One tensor, flat: deltas decoded, sums of statistics as float64."""
-    tensor, scratch = tensors[name], np.empty(PIECE, np.float32)
+    tensor = tensors[name]
+    if tensor.dtype == np.float32:
+        yield tensor.reshape(-1)
+        return
+    scratch = np.empty(PIECE, np.float32)
     for start in range(0, tensor.size, PIECE):
         stop = min(start + PIECE, tensor.size)
         if tensor.dtype.itemsize == 8:

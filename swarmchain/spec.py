@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -189,6 +189,7 @@ Merge = Annotated[
     Field(discriminator="method"),
 ]
 Codec = Literal["float32", "float16", "int8"]
+CODECS: tuple[Codec, ...] = get_args(Codec)
 
 
 class Gate(Strict):

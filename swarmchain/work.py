@@ -54,6 +54,7 @@ class RunWork:
         self.site = site
         self.spec_digest = view.spec
         self.spec = read_spec(store, view.spec)
+        self._layout = contribution_layout(self.spec)
         self._folder = config.work_dir / "training" / str(view.run)
         self._spool = Spool(config.work_dir / "spool")
         self._parent: tuple[str, Arrays] = ("", {})
@@ -104,7 +105,7 @@ class RunWork:
             residual = self._read_residual(view.finalized_round)
             tensors, lost = encode_deltas(tensors, self.spec.codec, residual=residual)
             self._keep_residual(key.round_id, lost)
-        return encode_tensors(tensors, contribution_layout(self.spec)), samples, metrics
+        return encode_tensors(tensors, self._layout), samples, metrics
 
     def _read_residual(self, round_id: int) -> Arrays | None:
         """What coding lost of this site's contribution to a round; None if it did not contribute to it."""
@@ -132,7 +133,7 @@ class RunWork:
         if known is not None and known.commitment == view.commitments[site]:
             self._good[site] = known
             return None
-        found = gather_one(self.store, self._spool, view.commitments[site], self.spec, key=key, site=site)
+        found = gather_one(self.store, self._spool, view.commitments[site], self._layout, key=key, site=site)
         if isinstance(found, Gathered):
             self._good[site] = found
             return None

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from eth_account import Account
+from hypothesis import settings
 
 from swarmchain.chain import SwarmContract, deploy_contract
 from swarmchain.config import Deployment
@@ -19,6 +20,10 @@ from swarmchain.keys import Signer
 from swarmchain.node import Node
 
 ROOT = Path(__file__).parent.parent
+
+# how long a test takes says more of the machine than of the code
+settings.register_profile("ours", deadline=None)
+settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

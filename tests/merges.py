@@ -1,4 +1,4 @@
-"""Made-up contributions, and the digests of every method's merge of them: `python tests/merges.py` prints them.
+"""Made-up contributions, and the digests of every method's merge of them: `python tests/merges.py [--small]`.
 
 All numbers come from raw bits, so that they are the same on every machine.
 """
@@ -16,7 +16,7 @@ from swarmchain.codec import encode_deltas
 from swarmchain.merge import Input, compute_norm, merge_deltas
 from swarmchain.methods import METHODS
 from swarmchain.protocol import compute_digest
-from swarmchain.spec import Codec, Layout, Merge, Outer, RehearsalSpec, outer_layout
+from swarmchain.spec import CODECS, Codec, Layout, Merge, Outer, RehearsalSpec, outer_layout
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (257, 129), "b": (7,), "c": (70_001,)}
 PARAMETERS: Layout = {name: ("float32", shape) for name, shape in SHAPES.items()}
@@ -57,23 +57,23 @@ def merge(inputs: list[Input], settings: Merge, *, parent: dict[str, np.ndarray]
     return bytes(data), into, said
 
 
-def compute_digests() -> dict[str, str]:
+def compute_digests(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    parent = {name: draw(90 + k, shape) for k, (name, shape) in enumerate(SHAPES.items())}
-    for codec in ("float32", "float16", "int8"):
-        inputs = make_inputs(6, codec=codec)
+    parent = {name: draw(90 + k, shape) for k, (name, shape) in enumerate(shapes.items())}
+    for codec in CODECS:
+        inputs = make_inputs(6, codec=codec, shapes=shapes)
         for method in METHODS:
             if codec == "float32" or method in ("clipped_mean", "coordinate_median"):
                 data, _, shares = merge(inputs, make_settings(method), parent=parent)
                 found[f"{method} {codec}"] = compute_digest(data + repr(shares).encode())
     for kind in OUTERS[1:]:
         parent |= {f"outer.{m}.{name}": np.abs(draw(70 + k, shape)) for m in "mv" for k, (name, shape) in
-                   enumerate(SHAPES.items())}
+                   enumerate(shapes.items())}
         state = {k: v for k, v in parent.items() if not k.startswith("outer.v") or kind == "fedadam"}
         settings = make_settings("clipped_mean", outer=Outer(kind=kind, lr=0.7).model_dump())
-        found[f"clipped_mean {kind}"] = compute_digest(merge(make_inputs(6), settings, parent=state)[0])
+        found[f"clipped_mean {kind}"] = compute_digest(merge(make_inputs(6, shapes=shapes), settings, parent=state)[0])
     return found
 
 
 if __name__ == "__main__":
-    json.dump(compute_digests(), sys.stdout)
+    json.dump(compute_digests({"a": (30, 9), "b": (7,)} if "--small" in sys.argv else SHAPES), sys.stdout)

@@ -63,7 +63,7 @@ SHOWN = {"published": True}
         (VOTING, {**SHOWN, "excluded": out(), "weighed": out()}, Duty.VOTE),  # its vote was lost
         (VOTED, {**SHOWN, "excluded": out(), "weighed": out(2)}, Duty.VOTE),
         (VOTED, {**SHOWN, "excluded": out(2), "weighed": out()}, Duty.WAIT),
-        (VOTED, {**SHOWN, "excluded": out(2), "weighed": frozenset({(2, "blob invalid")})}, Duty.VOTE),
+        (VOTED, {**SHOWN, "excluded": out(2), "weighed": frozenset({(2, "blob altered")})}, Duty.VOTE),
         (VOTED, {**SHOWN, "excluded": out(), "weighed": out()}, Duty.WAIT),
         (VOTED, {**SHOWN, "excluded": out()}, Duty.WAIT),  # voted, and the journal is gone
         (UNVOTED, SHOWN, Duty.VOTE),

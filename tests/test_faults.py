@@ -57,8 +57,8 @@ GRID = [(fault, at) for fault, places in CELLS.items() for at in places
 FATE = {
     ("OFFLINE", "start"): NO_CONTRIBUTION, ("OFFLINE", "commit"): "withheld", ("LATE", "commit"): NO_CONTRIBUTION,
     ("LIES_IN_OPENING", "publish"): "opening invalid", ("WITHHOLDS_BLOB", "publish"): "withheld",
-    ("TRUNCATED_BLOB", "lasting"): "blob invalid", ("FLIPPED_BIT", "lasting"): "blob invalid",
-    ("WRONG_SHAPE", "commit"): "blob invalid", ("NAN", "commit"): "blob invalid",
+    ("TRUNCATED_BLOB", "lasting"): "blob malformed", ("FLIPPED_BIT", "lasting"): "blob altered",
+    ("WRONG_SHAPE", "commit"): "blob malformed", ("NAN", "commit"): "not finite",
     ("COPYCAT", "publish"): "opening invalid", ("COPYCAT", "commit"): "opening invalid",
 }
 

@@ -23,6 +23,7 @@ from replay import CALLS, CONSEQUENCES, list_consequences, rebuild
 from swarmchain.chain import encode_name
 from swarmchain.devchain import Devchain
 from swarmchain.errors import ContractError
+from swarmchain.node import load_artifact
 from swarmchain.protocol import Change, Terms
 from swarmchain.rules import Replica, Vote
 
@@ -221,6 +222,6 @@ def test_contract_and_rules_agree(anvil: Devchain) -> None:
 
 
 def test_every_event_is_a_call_or_a_consequence(world: World) -> None:
-    abi = world.contract._contract.abi
+    abi = load_artifact()["abi"]
     names = {entry["name"] for entry in abi if entry["type"] == "event"}
     assert names == {*CALLS, *CONSEQUENCES, "SealKeySet"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,6 @@ import anndata
 import numpy as np
 import pytest
 from conftest import make_signers, write_cells
-from hypothesis import given
-from hypothesis import strategies as st
 
 from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
 from swarmchain.config import DataConfig, read_site_config, render_site_toml
