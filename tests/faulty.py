@@ -115,7 +115,7 @@ class FaultyStore(Store):
 
     fault: Fault
 
-    def restore_blob(self, data: bytes) -> str:
+    def restore_blob(self, data: bytes, *, digest: str = "") -> str:
         digest = compute_digest(data)
         if self.fault.is_now("WITHHOLDS_BLOB"):
             return digest
@@ -124,7 +124,7 @@ class FaultyStore(Store):
         if spoilt is not None and (is_lasting or self.fault.strikes(self.fault.kind, "publish")):
             self._write(self._blob_path(digest), spoilt)
             return digest
-        return super().restore_blob(data)
+        return super().restore_blob(data, digest=digest)
 
     def put_opening(self, commitment: str, data: bytes) -> None:
         self.fault.crash("CRASH_AFTER_SEND", "publish")
