@@ -133,7 +133,7 @@ class Acts:
         commitment = compute_commitment(self.found.key, self.site.index, opening)
         with self.clock.measure("chain"):
             gas = self.site.contract.commit(self.site.signer, self.view.run, self.view.round_id, commitment)
-        self.say("committed", gas=gas, samples=opening.samples, metrics=opening.metrics)
+        self.say("committed", gas=gas, samples=opening.samples)
 
     def _promise(self) -> Opening:
         """The opening of the round: from the journal, or trained for and written there."""
@@ -146,10 +146,11 @@ class Acts:
         pace = Pace(key.run, round(time.monotonic() - started, 3), float(self.view.terms.commit_window_s))
         digest = compute_digest(data)
         salt = self.site.signer.derive_salt(key, digest)
-        opening = Opening(digest=digest, samples=samples, salt=salt, metrics=metrics)
+        opening = Opening(digest=digest, samples=samples, salt=salt)
         journal.record_contribution(key, opening, data)
         journal.record_pace(pace)
         self.found.remember(is_too_slow=pace.is_too_slow)
+        self.say("trained", samples=samples, metrics=metrics)
         if pace.is_too_slow:
             self.say("too slow", needs_s=pace.train_s, window_s=pace.window_s)
         return opening

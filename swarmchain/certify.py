@@ -123,12 +123,10 @@ def gather_one(store: Store, spool: Spool, commitment: str, layout: Layout, *, k
         If the store does not answer: that says nothing about the site.
     """
     try:
-        opening = parse_opening(store.get_opening(commitment))
+        opening = open_commitment(store, commitment, key=key, site=site)
     except BlobMissing:
         return "withheld"
     except (OpeningError, StoreError):
-        return "opening invalid"
-    if compute_commitment(key, site, opening) != commitment:
         return "opening invalid"
     data = spool.get_slot(site, compute_size(layout))
     try:
@@ -144,3 +142,19 @@ def gather_one(store: Store, spool: Spool, commitment: str, layout: Layout, *, k
     if not math.isfinite(norm):
         return "not finite"
     return Gathered(commitment, opening, Input(site, opening.samples, tensors, norm))
+
+
+def open_commitment(store: Store, commitment: str, *, key: RoundKey, site: int) -> Opening:
+    """What a site disclosed under its commitment.
+
+    Raises
+    ------
+    OpeningError
+        If it is no opening, or that of another commitment.
+    StoreError
+        If it is not there, or cannot be read.
+    """
+    opening = parse_opening(store.get_opening(commitment))
+    if compute_commitment(key, site, opening) != commitment:
+        raise OpeningError("it is another commitment's")
+    return opening

@@ -8,6 +8,8 @@
     ├── CheckpointError             bytes that are no checkpoint or contribution of this run
     ├── OpeningError                an opening that is malformed or does not fit its commitment
     ├── MergeMismatch               exit code 5: a round's checkpoint is not what its contributions give
+    ├── ReplayError                 a contract's events do not give a state
+    ├── AuditFailed                 a run's proof is broken
     ├── RunFailed                   exit code 4: a run ended without reaching its goal
     ├── StoreError                  the store refused: read-only, full, blob missing or altered
     ├── JournalError                the site's own memory of its promises
@@ -78,6 +80,14 @@ class MergeMismatch(SwarmError):
     """A majority accepted a checkpoint that its own manifest's contributions do not give."""
 
     exit_code: ClassVar[int] = 5
+
+
+class ReplayError(SwarmError):
+    """The events that a node shows are against the contract's rules, or not all there."""
+
+
+class AuditFailed(SwarmError):
+    """Something that a run's proof stands on is not what it was."""
 
 
 class RunFailed(SwarmError):

@@ -23,14 +23,14 @@ from swarmchain.config import write_file
 from swarmchain.errors import ConfigError, JournalError, SendingBusy
 from swarmchain.protocol import Opening, RoundKey, compute_digest
 
-SCHEMA = 2
+SCHEMA = 3
 RECENT = 32
 LOCK_PAUSE_S = 0.05
 _TABLES = f"""
 begin immediate;
 create table if not exists owner (chain_id integer, contract text, site integer);
 create table if not exists contribution (
-    run integer, round integer, digest text, samples integer, salt text, metrics text, primary key (run, round));
+    run integer, round integer, digest text, samples integer, salt text, primary key (run, round));
 create table if not exists vote (
     run integer, round integer, checkpoint text, manifest text, accept integer, score_bps integer, included text,
     primary key (run, round));
@@ -163,12 +163,12 @@ class Journal:
     def get_contribution(self, key: RoundKey) -> Opening | None:
         """What this site committed to in a round, if anything."""
         row = self._db.execute(
-            "select digest, samples, salt, metrics from contribution where run = ? and round = ?",
+            "select digest, samples, salt from contribution where run = ? and round = ?",
             (key.run, key.round_id),
         ).fetchone()
         if row is None:
             return None
-        return Opening(digest=row[0], samples=row[1], salt=row[2], metrics=json.loads(row[3]))
+        return Opening(digest=row[0], samples=row[1], salt=row[2])
 
     def record_contribution(self, key: RoundKey, opening: Opening, data: bytes) -> None:
         """Write a promise and its bytes down. Raises `JournalError` if another one stands for this round."""
@@ -183,8 +183,8 @@ class Journal:
         with self._refuse():
             write_file(self._blobs / opening.digest, data, mode=0o600)
         self._write(
-            "insert into contribution values (?, ?, ?, ?, ?, ?)",
-            (key.run, key.round_id, opening.digest, opening.samples, opening.salt, json.dumps(opening.metrics)),
+            "insert into contribution values (?, ?, ?, ?, ?)",
+            (key.run, key.round_id, opening.digest, opening.samples, opening.salt),
         )
 
     def read_contribution(self, opening: Opening) -> bytes:

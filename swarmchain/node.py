@@ -170,6 +170,13 @@ class Node:
                 return found["timestamp"]
         raise ChainError(f"the node at {self.rpc_url} shows no block", hint="is it still starting?")
 
+    def read_block_time(self, block: int) -> int:
+        """Timestamp of a block. Raises `ChainError` if the node has no such block."""
+        found = self._read_block(hex(block)).get("timestamp")
+        if not found:
+            raise ChainError(f"the node at {self.rpc_url} has no block {block}", hint="has it forgotten old blocks?")
+        return found
+
     def choose_freshest(self) -> int:
         """Ask first, from now on, the node with the highest block, if any is ahead of the present one by more than one.
 

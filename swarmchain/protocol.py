@@ -115,16 +115,12 @@ class RunView:
 
 
 class Opening(Strict):
-    """What a site discloses once the Commit phase is over.
+    """What a site discloses once the Commit phase is over. Its commitment binds every field."""
 
-    `metrics` are the site's own words about its local training and bind nothing.
-    """
-
-    format: Literal["swarmchain-opening/1"] = "swarmchain-opening/1"
+    format: Literal["swarmchain-opening/2"] = "swarmchain-opening/2"
     digest: Digest
     samples: Annotated[int, Field(ge=1, le=10**12)]
     salt: Digest
-    metrics: dict[str, float] = {}
 
 
 class Included(Strict):
@@ -209,14 +205,18 @@ def parse_opening(data: bytes) -> Opening:
     Raises
     ------
     OpeningError
-        If it is too long, no JSON, or not exactly an opening.
+        If it is too long, no JSON, not exactly an opening, or not in canonical form.
     """
     if len(data) > OPENING_BYTES_MAX:
         raise OpeningError(f"an opening of {len(data)} bytes is over the limit of {OPENING_BYTES_MAX}")
     try:
-        return Opening.model_validate_json(data)
+        opening = Opening.model_validate_json(data)
     except ValidationError as exc:
         raise OpeningError(f"not an opening: {first_problem(exc)}") from exc
+    if encode_canonical(opening) != data:
+        # one content, one sequence of bytes: nothing in it may change unseen
+        raise OpeningError("not an opening: it is not canonical JSON")
+    return opening
 
 
 def parse_manifest(data: bytes) -> Manifest:

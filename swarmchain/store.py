@@ -112,6 +112,21 @@ class Store:
         if found != digest:
             raise self._altered(digest)
 
+    def list_blobs(self) -> list[str]:
+        """Names of all blobs, in order."""
+        root = f"{self._root}/blobs"
+        found = self._call(root, "list", self._fs.find, root) if self._exists(root) else []
+        return sorted({name for path in found if _HEX64.fullmatch(name := path.rsplit("/", 1)[-1])})
+
+    def hash_blob(self, digest: str) -> str:
+        """SHA-256 of what lies under a digest, however long it is. Raises `BlobMissing`."""
+        return str(self._call(self._blob_path(digest), "read", self._hash_now, self._blob_path(digest)))
+
+    def require_whole(self, digest: str) -> None:
+        """Raises `StoreError` unless a blob is there, and is what its name says."""
+        if self.hash_blob(digest) != digest:
+            raise self._altered(digest)
+
     def restore_blob(self, data: Buffer, *, digest: str = "") -> str:
         """Store `data` under its digest even where something else lies there; return the digest."""
         digest = digest or compute_digest(data)
@@ -185,6 +200,13 @@ class Store:
         if at < len(into) or is_longer:
             size = f"more than {at}" if is_longer else at
             raise CheckpointError(f"{_short(path)} in {self.url}: {size} bytes where the spec prescribes {len(into)}")
+        return sha.hexdigest()
+
+    def _hash_now(self, path: str) -> str:
+        sha = hashlib.sha256()
+        with self._open(path) as file:
+            while piece := file.read(_PIECE):
+                sha.update(piece)
         return sha.hexdigest()
 
     def _open(self, path: str) -> Any:

@@ -26,7 +26,7 @@ def make_promise(nonce: int = 0, digest: str = "aa", sent_at: float = 1.0) -> Pr
 
 
 def test_journal_remembers_over_a_restart(tmp_path: Path) -> None:
-    opening = Opening(digest=compute_digest(b"x"), samples=3, salt=ZERO, metrics={"loss": 0.5})
+    opening = Opening(digest=compute_digest(b"x"), samples=3, salt=ZERO)
     journal = open_journal(tmp_path)
     journal.record_contribution(KEY, opening, b"x")
     journal.record_vote(KEY, Ballot("c", "m", True, 12, frozenset({0, 2})))

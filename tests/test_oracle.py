@@ -18,13 +18,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from replay import CALLS, CONSEQUENCES, list_consequences, rebuild
 
 from swarmchain.chain import encode_name
 from swarmchain.devchain import Devchain
 from swarmchain.errors import ContractError
 from swarmchain.node import load_artifact
 from swarmchain.protocol import Change, Terms
+from swarmchain.replay import CALLS, CONSEQUENCES, list_consequences, read_history, rebuild
 from swarmchain.rules import Replica, Vote
 
 EXAMPLES = int(os.environ.get("SWARMCHAIN_ORACLE_EXAMPLES", "8"))
@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """The events say it all: whoever has nothing else arrives at the same state."""
-        rebuilt = rebuild(self.contract)
+        rebuilt = rebuild(self.contract, read_history(self.contract))
         assert rebuilt.__dict__ == self.replica.__dict__
         for name, count in list_consequences(rebuilt).items():
             assert len(self.contract.get_events([name])) == count, name

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
 from swarmchain.protocol import Terms
@@ -15,7 +16,10 @@ from swarmchain.protocol import Terms
 
 @click.group()
 def run() -> None:
-    """Plan, propose, join, list and export runs."""
+    """Plan, propose, join, list, export and verify runs."""
+
+
+run.add_command(verify)
 
 
 @run.group()

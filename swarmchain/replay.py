@@ -1,11 +1,16 @@
-"""All state of a contract rebuilt from its events alone: the events become calls, and a `Replica` is told them."""
+"""All state of a contract rebuilt from its events alone: the events become calls, and a `Replica` is told them.
+
+So an outsider need not believe the contract's answers: what it shows must follow, by the rules, from what was signed.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from swarmchain.chain import Event, SwarmContract
+from swarmchain.errors import ContractError, ReplayError
 from swarmchain.protocol import Change, Terms
 from swarmchain.rules import Replica, Vote
 
@@ -16,23 +21,44 @@ CONSEQUENCES = ("SiteAdmitted", "SiteRemoved", "KeyRotated", "ConsortiumRetired"
                 "RoundExpired")
 
 
-def rebuild(contract: SwarmContract) -> Replica:
-    """A replica of the contract from nothing but its events and their blocks' times."""
-    events = contract.get_events(("SiteAdmitted", *CALLS))
-    first = min(event.block for event in events)
-    replica = Replica([e.values["key"] for e in events if e.name == "SiteAdmitted" and e.block == first])
+def read_history(contract: SwarmContract) -> list[Event]:
+    """All events that say something of members, runs and rounds, in the chain's order."""
+    return contract.get_events((*CONSEQUENCES, *CALLS))
+
+
+def rebuild(contract: SwarmContract, events: Sequence[Event]) -> Replica:
+    """A replica of the contract from nothing but its events and their blocks' times.
+
+    Raises
+    ------
+    ReplayError
+        If an event is against the rules, or one that must have followed is missing.
+    """
+    admitted = [e for e in events if e.name == "SiteAdmitted"]
+    if not admitted:
+        raise ReplayError("the node shows no event of this contract", hint="ask a node that keeps the whole history")
+    replica = Replica([e.values["key"] for e in admitted if e.block == admitted[0].block])
     times: dict[int, int] = {}
     for event in events:
-        if event.name == "SiteAdmitted":
+        if event.name in CONSEQUENCES:
             continue
         if event.block not in times:
-            times[event.block] = int(contract.node.web3.eth.get_block(event.block)["timestamp"])
-        tell(replica, event, now=times[event.block])
+            times[event.block] = contract.node.read_block_time(event.block)
+        try:
+            tell(replica, event, now=times[event.block])
+        except (ContractError, IndexError) as exc:
+            raise ReplayError(f"{event.name} in block {event.block} is against the rules: {exc}",
+                              hint="does the node keep the whole history?") from exc
+    found = Counter(event.name for event in events)
+    for name, count in list_consequences(replica).items():
+        if found[name] != count:
+            raise ReplayError(f"the node shows {found[name]} events {name} where the calls give {count}",
+                              hint="does the node keep the whole history?")
     return replica
 
 
 def tell(replica: Replica, event: Event, *, now: int) -> None:
-    """Repeat the call that an event speaks of."""
+    """Repeat the call that an event speaks of. Raises the contract's error if the rules forbid it."""
     v = event.values
     caller = replica.keys[v.get("site", v.get("proposer", v.get("opener", 0)))]
     tellers: Mapping[str, Callable[[], Any]] = {
@@ -51,6 +77,7 @@ def tell(replica: Replica, event: Event, *, now: int) -> None:
 
 
 def to_terms(words: Mapping[str, int] | Sequence[int]) -> Terms:
+    """A run's terms as an event holds them."""
     return Terms(*(words.values() if isinstance(words, Mapping) else words))
 
 

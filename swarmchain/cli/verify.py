@@ -1,0 +1,100 @@
+"""`swarmchain run verify`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmchain.cli.common import example, json_option, load, print_json
+from swarmchain.config import read_deployment
+from swarmchain.errors import AuditFailed, ConfigError
+
+if TYPE_CHECKING:
+    from swarmchain.audit import Audit, RoundAudit
+    from swarmchain.chain import SwarmContract
+
+MARKS = {True: click.style("✓", fg="green"), False: click.style("✗", fg="red")}
+
+
+@click.command(epilog=example("swarmchain run verify 2 --rpc http://127.0.0.1:8545 --deployment deployment.json",
+                              "--store /mnt/swarm --out audit"))
+@click.argument("number", type=click.IntRange(min=1))
+@click.option("--site", "site_file", type=click.Path(path_type=Path, dir_okay=False),
+              help="A site's settings, in place of the next three options.")
+@click.option("--rpc", "rpc_urls", multiple=True, help="URL of an Ethereum node, best one's own; repeatable.")
+@click.option("--deployment", type=click.Path(path_type=Path, dir_okay=False),
+              help="deployment.json, as the consortium published it.")
+@click.option("--store", "store_url", help="The shared store; to read from is enough.")
+@click.option("--fast", "is_fast", is_flag=True, help="Check openings and digests, and recompute no merge.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("audit"), show_default=True,
+              help="Folder for audit.json and audit.html.")
+@json_option
+def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deployment: Path | None,
+           store_url: str | None, is_fast: bool, out: Path, as_json: bool) -> None:
+    """Replay a run from the chain and the store, without a key, and prove or refute every merge.
+
+    Exit code 0 if all is proven, 1 if anything is not; the statistics run that a training run stands on is one more to
+    verify.
+    """
+    from swarmchain.audit import audit_run
+    from swarmchain.page import write_audit
+    from swarmchain.store import Store
+
+    if site_file is not None:
+        config = load(site_file)
+        rpc_urls = rpc_urls or tuple(config.rpc_urls)
+        deployment, store_url = deployment or config.resolve(config.chain.deployment), store_url or config.store_url
+    if not rpc_urls or deployment is None or store_url is None:
+        raise ConfigError("where are chain and store?", hint="give --rpc, --deployment and --store, or --site")
+    contract, store = _open(rpc_urls, deployment), Store(store_url)
+    say = _print_round if not as_json else (lambda _: None)
+    with tempfile.TemporaryDirectory(prefix="swarmchain-verify-") as folder:
+        audit = audit_run(contract, store, number, spool_folder=Path(folder), is_fast=is_fast, say=say)
+    files = write_audit(out, audit)
+    if as_json:
+        print_json(audit.to_dict())
+    else:
+        _print_verdict(audit)
+        click.echo(f"wrote {', '.join(map(str, files))}")
+    if not audit.is_sound:
+        count = len(audit.all_findings)
+        raise AuditFailed(f"run {number} is not proven: {audit.all_findings[0]}" + (
+            f" (and {count - 1} more)" if count > 1 else ""),
+            hint="keep store and audit.json as they are; a site that holds the right file can put it back")
+
+
+def _open(rpc_urls: tuple[str, ...], deployment: Path) -> SwarmContract:
+    from swarmchain.chain import SwarmContract
+    from swarmchain.node import Node
+
+    return SwarmContract(Node(rpc_urls), read_deployment(deployment))
+
+
+def _print_round(found: RoundAudit) -> None:
+    line = f"{MARKS[not found.findings]} round {found.round_id:<4} {found.outcome:<9} "
+    if found.outcome == "finalized":
+        done = "merge recomputed" if found.is_recomputed else "digests checked"
+        line += (f"{len(found.included)} of {len(found.members)} counted, {len(found.accepting)} accepted "
+                 f"(needed {found.quorum}), {done}, {found.checkpoint[:12]}…")
+    else:
+        line += f"{len(found.committed)} of {len(found.members)} committed"
+    click.echo(line)
+    for words in found.findings:
+        click.echo(f"    ✗ {words}")
+    for words in found.remarks:
+        click.echo(f"    · {words}")
+
+
+def _print_verdict(audit: Audit) -> None:
+    for words in audit.findings:
+        click.echo(f"{MARKS[False]} {words}")
+    for words in audit.remarks:
+        click.echo(f"  · {words}")
+    finalized = sum(r.outcome == "finalized" for r in audit.rounds)
+    how = "checked by digests alone" if audit.is_fast else "recomputed bit for bit"
+    click.echo(f"{MARKS[audit.is_sound]} run {audit.run} “{audit.name}”: " + (
+        f"{len(audit.rounds)} rounds, all {finalized} finalized ones {how}; head {audit.head[:12]}…"
+        if audit.is_sound else f"{len(audit.all_findings)} findings in {len(audit.rounds)} rounds"))
