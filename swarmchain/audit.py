@@ -11,7 +11,7 @@ an excluded site's file was missing then, or is only not missing now.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from swarmchain.errors import (
     BlobMissing,
     CheckpointError,
     OpeningError,
-    ReplayError,
     SpecError,
     StoreError,
     SwarmError,
 )
-from swarmchain.protocol import Manifest, Outcome, RoundKey
+from swarmchain.protocol import Manifest, Outcome, RoundKey, RunView
 from swarmchain.replay import read_history, rebuild
-from swarmchain.rules import Replica, Round, Run
+from swarmchain.rules import Replica, Round
 from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec, contribution_layout
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
@@ -96,8 +95,38 @@ class Audit:
 Say = Callable[[RoundAudit], None]
 
 
-def audit_run(contract: SwarmContract, store: Store, run: int, *, spool_folder: Path, is_fast: bool = False,
-              say: Say = lambda _: None) -> Audit:
+@dataclass(frozen=True)
+class Record:
+    """What the chain says of a run: the contract's own view at one block, and all that its events give."""
+
+    view: RunView
+    block: int
+    names: Mapping[int, str]
+    key_of: Callable[[int, int], RoundKey]
+    events: Sequence[Event]
+    replica: Replica
+
+
+def read_record(contract: SwarmContract, run: int) -> Record:
+    """Ask the chain.
+
+    Raises
+    ------
+    UnknownRun
+        If there is none of this number.
+    ReplayError
+        If the events do not give a state.
+    ChainUnreachable
+        If no node answers: that says nothing about the run.
+    """
+    view, block = contract.view_run(run), contract.node.read_head()
+    names = {record.site: record.name for record in contract.get_sites()}
+    events = read_history(contract)
+    return Record(view, block, names, contract.key_of, events, rebuild(contract, events))
+
+
+def audit_run(record: Record, store: Store, *, spool_folder: Path, is_fast: bool = False, say: Say = lambda _: None
+              ) -> Audit:
     """Replay a run.
 
     Parameters
@@ -109,29 +138,22 @@ def audit_run(contract: SwarmContract, store: Store, run: int, *, spool_folder: 
 
     Raises
     ------
-    UnknownRun
-        If there is none of this number.
-    Unreachable
-        If chain or store do not answer: that says nothing about the run.
+    StoreUnreachable
+        If the store does not answer: that says nothing about the run.
     """
-    view = contract.view_run(run)
-    names = {record.site: record.name for record in contract.get_sites()}
-    audit = Audit(run, "?", "?", contract.chain_id, contract.address, contract.node.read_head(), view.spec, view.head,
-                  view.checkpoint if view.finalized_round else "", is_fast, sites=[names[i] for i in sorted(names)])
-    try:
-        events = read_history(contract)
-        replica = rebuild(contract, events)
-    except ReplayError as exc:
-        audit.findings.append(exc.message)
-        return audit
-    if replica.view_run(run, now=view.now) != view:
+    view, replica, number = record.view, record.replica, record.view.run
+    run, key = replica.runs[number - 1], record.key_of(number, 0)
+    audit = Audit(number, "?", "?", key.chain_id, key.contract, record.block, view.spec, run.head,
+                  view.checkpoint if view.finalized_round else "", is_fast,
+                  sites=[record.names[i] for i in sorted(record.names)])
+    if replica.view_run(number, now=view.now) != view:
         audit.findings.append("the contract shows another state of the run than its events give")
-    audit.head = replica.runs[run - 1].head
-    replayed = _Replay(contract, store, replica.runs[run - 1], audit, names, Spool(spool_folder))
-    replayed.check_heads(events)
+    replayed = _Replay(record, store, audit, Spool(spool_folder))
+    replayed.check_heads(record.events)
     if replayed.read_law(replica):
-        for number, round_ in enumerate(replica.runs[run - 1].rounds, 1):
-            audit.rounds.append(replayed.check_round(number, round_, outcome=_outcome(replica, run, number, view.now)))
+        for round_id, round_ in enumerate(run.rounds, 1):
+            outcome = run.phase(round_id, view.now)[1]
+            audit.rounds.append(replayed.check_round(round_id, round_, outcome=outcome))
             say(audit.rounds[-1])
         replayed.sweep()
     return audit
@@ -140,17 +162,16 @@ def audit_run(contract: SwarmContract, store: Store, run: int, *, spool_folder: 
 class _Replay:
     """The steps of one audit; what they find goes into it."""
 
-    def __init__(self, contract: SwarmContract, store: Store, run: Run, audit: Audit, names: Mapping[int, str],
-                 spool: Spool) -> None:
-        self.store, self.run, self.audit, self.names, self.spool = store, run, audit, names, spool
-        self.key_of = contract.key_of
+    def __init__(self, record: Record, store: Store, audit: Audit, spool: Spool) -> None:
+        self.store, self.audit, self.spool = store, audit, spool
+        self.run, self.names, self.key_of = record.replica.runs[audit.run - 1], record.names, record.key_of
         self.spec: Spec | None = None
         self.parent: tuple[str, Arrays] = (NO_PARENT, {})
         self.rejections = 0
         self.sound: set[str] = set()
-        self.named: dict[str, str] = {run.spec: "the spec"}
+        self.named: dict[str, str] = {self.run.spec: "the spec"}
 
-    def check_heads(self, events: list[Event]) -> None:
+    def check_heads(self, events: Sequence[Event]) -> None:
         """Whether the heads that the contract announced are those that the finalized rounds chain up to."""
         announced = [e.values for e in events if e.name == "RoundFinalized" and e.values["run"] == self.audit.run]
         if announced and announced[-1]["head"] != self.run.head:
@@ -326,7 +347,3 @@ class _Replay:
 
     def _names(self, sites: Any) -> list[str]:
         return [self._name(site) for site in sorted(sites)]
-
-
-def _outcome(replica: Replica, run: int, number: int, now: int) -> Outcome:
-    return replica.runs[run - 1].phase(number, now)[1]

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from swarmchain.audit import audit_run, read_record
 from swarmchain.baselines import compare, predict
 from swarmchain.certify import Arrays
 from swarmchain.checkpoint import compute_size, decode_tensors
@@ -26,8 +27,9 @@ from swarmchain.config import read_site_config, write_file
 from swarmchain.consortium import Consortium, start_consortium
 from swarmchain.data import SiteData, load_site_data, read_cells, select_panel, standardize
 from swarmchain.dealing import Dealt, deal_folder, deal_pbmc
-from swarmchain.errors import ConfigError, SwarmError
+from swarmchain.errors import AuditFailed, ConfigError, SwarmError
 from swarmchain.metrics import compute_macro_f1
+from swarmchain.page import write_audit
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
@@ -35,6 +37,8 @@ from swarmchain.report import Predictions, format_metrics_table, write_report
 from swarmchain.spec import CellTypeSpec, Limits, Model, Training, checkpoint_layout, encode_spec
 from swarmchain.store import read_checkpoint
 from swarmchain.summary import build_rounds, measure_gas, summarize_timing, to_json
+
+LEFTOVERS = "swarm"
 
 __all__ = ["run_demo"]
 
@@ -54,7 +58,9 @@ def run_demo(
     *, data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Do everything and write `out`: summary.json, report.html, model.safetensors, spec.json, annotated.h5ad.
+    """Do everything and write `out`: summary.json, report.html, model.safetensors, spec.json, annotated.h5ad, audit/.
+
+    `out`/swarm keeps chain, contract and store, for `swarmchain devchain --state` and `swarmchain run verify`.
 
     Raises
     ------
@@ -67,22 +73,31 @@ def run_demo(
         raise ConfigError("--splits goes with --data", hint="name the folder of .h5ad files with --data")
     settings = Settings(rounds or 15, 10, 2, 0.5, 0.0) if data is None else Settings(rounds or 100, 20, 3, 0.3, 0.0)
     _require_writable(out)
+    _clear_leftovers(out / LEFTOVERS)
     work = Path(tempfile.mkdtemp(prefix="swarmchain-demo-"))
     try:
         dealt = deal_pbmc(work / "data", seed=seed) if data is None else deal_folder(
             work / "data", data, splits=splits, label_column=label_column, seed=seed)
         console.print(f"[bold]{dealt.title}[/bold] — {escape(dealt.dataset)}")
-        with start_consortium(work / "swarm", dealt.files, label_column=dealt.label_column, seed=seed) as consortium:
+        with start_consortium(work / "swarm", dealt.files, label_column=dealt.label_column, seed=seed,
+                              chain_options=("--state", str((out / LEFTOVERS / "chain.json").resolve()))) as consortium:
             summary = _run_swarm(consortium, dealt, settings, console, out=out, seed=seed, started=started)
+        _keep_leftovers(work / "swarm", out / LEFTOVERS)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     console.print(format_metrics_table(summary), soft_wrap=False)
     final = summary["final"]
     verdict = "all sites hold the same bytes" if final["same_at_all_sites"] else "THE SITES DIFFER"
     console.print(f"{verdict}: checkpoint {final['checkpoint']}")
-    console.print(f"{summary['timing_s']['total']:.0f} s; open {out / 'report.html'}")
+    proof = summary["audit"]
+    console.print(f"replayed from chain and store, without a key: {proof['recomputed']} of {proof['finalized']} merges "
+                  f"give the same bytes" if not proof["findings"] else f"NOT PROVEN: {proof['findings'][0]}")
+    console.print(f"{summary['timing_s']['total']:.0f} s; open {out / 'report.html'}; "
+                  f"for an ethics board, {out / 'audit' / 'audit.html'}")
     if not final["same_at_all_sites"]:
         raise SwarmError("the sites do not hold the same checkpoint", hint=f"see {out / 'summary.json'}")
+    if proof["findings"]:
+        raise AuditFailed(f"the run is not proven: {proof['findings'][0]}", hint=f"see {out / 'audit' / 'audit.html'}")
     return summary
 
 
@@ -157,6 +172,10 @@ def _conclude(
                   if event["event"] == "ended" and event["run"] == run},
         "seed": seed, "versions": _versions(),
     }
+    audit = audit_run(read_record(contract, run), store, spool_folder=consortium.folder / "audit")
+    write_audit(out / "audit", audit)
+    summary["audit"] = {"findings": audit.all_findings, "finalized": sum(bool(r.checkpoint) for r in audit.rounds),
+                        "recomputed": sum(r.is_recomputed for r in audit.rounds)}
     umap = _embed(dealt, test)
     summary["timing_s"] = summarize_timing(watched.events, run, total=time.monotonic() - times[0], setup=times[1])
     out.mkdir(parents=True, exist_ok=True)
@@ -239,6 +258,21 @@ def _describe_site(index: int, name: str, address: str, data: SiteData, spec: Ce
 def _versions() -> dict[str, str]:
     packages = ("swarmchain", "torch", "numpy", "scanpy", "anndata", "web3")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what an earlier demo left; a folder of anything else is not touched."""
+    if folder.exists():
+        if not (folder / "chain.json").exists():
+            raise ConfigError(f"{folder} is there already, and no demo left it", hint="name another folder with --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _keep_leftovers(swarm: Path, folder: Path) -> None:
+    """All that an outsider needs to verify the runs, beside the chain's own state: no key, no cells."""
+    shutil.copytree(swarm / "store", folder / "store")
+    shutil.copy(swarm / "deployment.json", folder)
 
 
 def _require_writable(out: Path) -> None:

@@ -16,13 +16,18 @@ from swarmchain.errors import ConfigError, DevchainError
 @click.option("--engine", type=click.Choice(["anvil", "hardhat"]), default="anvil", show_default=True,
               help="Which development chain.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0 takes a free port.")
+@click.option("--state", type=click.Path(path_type=Path, dir_okay=False),
+              help="Anvil: go on from this file if it is there, and write it at the end.")
 @json_option
-def devchain(engine: str, port: int, as_json: bool) -> None:
-    """Run a development chain until Ctrl-C. Gas is free, and nothing is kept."""
+def devchain(engine: str, port: int, state: Path | None, as_json: bool) -> None:
+    """Run a development chain until Ctrl-C. Gas is free, and nothing is kept without --state."""
     from swarmchain.devchain import start_devchain
 
     stopping = stop_on_signals()
-    with start_devchain(engine, port=port) as chain:  # type: ignore[arg-type]
+    if state is not None and engine != "anvil":
+        raise ConfigError("--state goes with --engine anvil", hint="Hardhat keeps nothing")
+    options = ["--state", str(state.resolve())] if state is not None else []
+    with start_devchain(engine, port=port, options=options) as chain:  # type: ignore[arg-type]
         if as_json:
             print_json({"rpc_url": chain.rpc_url, "chain_id": chain.chain_id, "client": chain.client})
         else:

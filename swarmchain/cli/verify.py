@@ -39,7 +39,7 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
     Exit code 0 if all is proven, 1 if anything is not; the statistics run that a training run stands on is one more to
     verify.
     """
-    from swarmchain.audit import audit_run
+    from swarmchain.audit import audit_run, read_record
     from swarmchain.page import write_audit
     from swarmchain.store import Store
 
@@ -49,10 +49,10 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
         deployment, store_url = deployment or config.resolve(config.chain.deployment), store_url or config.store_url
     if not rpc_urls or deployment is None or store_url is None:
         raise ConfigError("where are chain and store?", hint="give --rpc, --deployment and --store, or --site")
-    contract, store = _open(rpc_urls, deployment), Store(store_url)
+    record, store = read_record(_open(rpc_urls, deployment), number), Store(store_url)
     say = _print_round if not as_json else (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="swarmchain-verify-") as folder:
-        audit = audit_run(contract, store, number, spool_folder=Path(folder), is_fast=is_fast, say=say)
+        audit = audit_run(record, store, spool_folder=Path(folder), is_fast=is_fast, say=say)
     files = write_audit(out, audit)
     if as_json:
         print_json(audit.to_dict())
@@ -94,7 +94,7 @@ def _print_verdict(audit: Audit) -> None:
     for words in audit.remarks:
         click.echo(f"  · {words}")
     finalized = sum(r.outcome == "finalized" for r in audit.rounds)
-    how = "checked by digests alone" if audit.is_fast else "recomputed bit for bit"
-    click.echo(f"{MARKS[audit.is_sound]} run {audit.run} “{audit.name}”: " + (
-        f"{len(audit.rounds)} rounds, all {finalized} finalized ones {how}; head {audit.head[:12]}…"
-        if audit.is_sound else f"{len(audit.all_findings)} findings in {len(audit.rounds)} rounds"))
+    how = "digests checked" if audit.is_fast else "merges recomputed bit for bit"
+    end = f"{how}; head {audit.head[:12]}…" if audit.is_sound else f"findings {len(audit.all_findings)}"
+    click.echo(f"{MARKS[audit.is_sound]} run {audit.run} “{audit.name}”: rounds {len(audit.rounds)}, "
+               f"finalized {finalized}, {end}")
