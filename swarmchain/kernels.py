@@ -39,6 +39,23 @@ def add_scaled(total: Floats, x: Singles, factor: float) -> None:
 
 
 @_compile
+def add_scaled_4(total: Floats, a: Singles, b: Singles, c: Singles, d: Singles, factors: Floats) -> None:
+    """Four times `add_scaled`, one after the other for each element: the sums are fetched and put back once."""
+    for j in range(a.size):
+        t = total[j] + np.float64(a[j]) * factors[0]
+        t += np.float64(b[j]) * factors[1]
+        t += np.float64(c[j]) * factors[2]
+        total[j] = t + np.float64(d[j]) * factors[3]
+
+
+@_compile
+def move(into: Singles, parent: Singles, delta: Floats, factor: float, limit: float) -> None:
+    """Parent + delta · factor as float32, at most ±`limit`; all [k]."""
+    for j in range(into.size):
+        into[j] = np.float32(min(max(np.float64(parent[j]) + delta[j] * factor, -limit), limit))
+
+
+@_compile
 def add_products(lanes: Floats, x: Singles, y: Singles) -> None:
     """Add x_j · y_j to lane j mod L, in the order of j. `lanes` is [L], the others [k]."""
     width = lanes.size
@@ -75,33 +92,34 @@ def sort_columns(keys: npt.NDArray[np.int64], pairs: npt.NDArray[np.int64]) -> N
 
 @_compile
 def add_between(sums: Floats, keys: npt.NDArray[np.int64], weights: Floats, low: float, high: float) -> None:
-    """One row of sorted keys, [k], the smallest numbers first, into the mean of what lies between two total weights.
+    """Rows of sorted keys, [n, k], into the mean of what lies between two total weights.
 
-    `sums` is [3, k]: the weight of the rows so far, the weight of what was kept, and the kept numbers times theirs.
+    `sums` is [3, k], zeros: the weight of the rows so far, the weight of what was kept, and the kept numbers times
+    theirs.
     """
     passed, kept, total = sums[0], sums[1], sums[2]
-    for j in range(keys.size):
-        b = keys[j] >> np.int64(8)
-        value = np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
-        before = passed[j]
-        after = before + weights[keys[j] & np.int64(255)]
-        part = max(0.0, min(after, high) - max(before, low))
-        total[j] += value * part
-        kept[j] += part
-        passed[j] = after
+    for row in keys:
+        for j in range(row.size):
+            b = row[j] >> np.int64(8)
+            value = np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
+            before = passed[j]
+            after = before + weights[row[j] & np.int64(255)]
+            part = max(0.0, min(after, high) - max(before, low))
+            total[j] += value * part
+            kept[j] += part
+            passed[j] = after
 
 
 @_compile
 def add_middle(sums: Floats, keys: npt.NDArray[np.int64], weights: Floats, half: float) -> None:
     """As `add_between`, for the median: numbers whose weights reach up to `half` from one side and from the other."""
     passed, kept, total = sums[0], sums[1], sums[2]
-    for j in range(keys.size):
-        b = keys[j] >> np.int64(8)
-        value = np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
-        before = passed[j]
-        weight = weights[keys[j] & np.int64(255)]
-        after = before + weight
-        if weight > 0.0 and before <= half and after >= half:
-            total[j] += value
-            kept[j] += 1.0
-        passed[j] = after
+    for row in keys:
+        for j in range(row.size):
+            before = passed[j]
+            after = before + weights[row[j] & np.int64(255)]
+            passed[j] = after
+            if before <= half and after >= half and after > before:
+                b = row[j] >> np.int64(8)
+                total[j] += np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
+                kept[j] += 1.0

@@ -19,7 +19,17 @@ import numpy.typing as npt
 
 from swarmchain.codec import list_deltas, read_piece
 from swarmchain.errors import CheckpointError
-from swarmchain.kernels import LANES, add_between, add_middle, add_products, add_scaled, pack_keys, sort_columns
+from swarmchain.kernels import (
+    LANES,
+    add_between,
+    add_middle,
+    add_products,
+    add_scaled,
+    add_scaled_4,
+    move,
+    pack_keys,
+    sort_columns,
+)
 from swarmchain.methods import Geometry, Pick, Plan, find_method
 from swarmchain.spec import Merge, Outer
 
@@ -178,24 +188,32 @@ def compute_weights(samples: Sequence[int], settings: Merge) -> list[float]:
 def _sum_all(inputs: Sequence[Input], names: Sequence[str], plan: Plan, size: int | None
              ) -> Iterator[tuple[Piece, Floats]]:
     """Σ clip · weight · delta, piece by piece."""
-    factors = [clip * weight for clip, weight in zip(plan.clips, plan.weights, strict=True)]
-    total, scratch = np.empty(size or PIECE), np.empty(size or PIECE, np.float32)
+    pairs = [(item, clip * weight) for item, clip, weight in zip(inputs, plan.clips, plan.weights, strict=True)]
+    counted = [item for item, factor in pairs if factor]
+    factors = np.array([factor for _, factor in pairs if factor])
+    total, scratch = np.empty(size or PIECE), np.empty((4, size or PIECE), np.float32)
     for name in names:
         length = inputs[0].tensors[name].size
         for start in range(0, length, total.size):
             stop = min(start + total.size, length)
             sums = total[: stop - start]
             sums[:] = 0.0
-            for item, factor in zip(inputs, factors, strict=True):
-                if factor:
-                    add_scaled(sums, read_piece(item.tensors, name, start, stop, scratch=scratch), factor)
+            for at in range(0, len(counted), 4):
+                pieces = [read_piece(item.tensors, name, start, stop, scratch=row)
+                          for item, row in zip(counted[at : at + 4], scratch, strict=False)]
+                if len(pieces) == 4:
+                    add_scaled_4(sums, *pieces, factors[at : at + 4])
+                else:
+                    for piece, factor in zip(pieces, factors[at:], strict=True):
+                        add_scaled(sums, piece, factor)
             yield (name, start, stop), sums
 
 
 def _pick_each(inputs: Sequence[Input], names: Sequence[str], plan: Plan, pick: Pick, size: int | None
                ) -> Iterator[tuple[Piece, Floats]]:
     """The weighted median, or the mean of what is not trimmed, of every parameter by itself, piece by piece."""
-    n, width = len(inputs), size or PIECE_OF_ALL
+    n = len(inputs)
+    width = size or max(PIECE_OF_ALL, PIECE // n)
     network, weights = build_network(n), np.array(plan.weights)
     total = math.fsum(plan.weights)
     rows, keys = np.empty((1, width), np.float32), np.empty((n, width), np.int64)
@@ -209,11 +227,10 @@ def _pick_each(inputs: Sequence[Input], names: Sequence[str], plan: Plan, pick: 
                 pack_keys(found[row], numbers.view(np.int32), row)
             sort_columns(found, network)
             sums = np.zeros((3, stop - start))
-            for row in found:
-                if pick.is_median:
-                    add_middle(sums, row, weights, 0.5 * total)
-                else:
-                    add_between(sums, row, weights, pick.low * total, pick.high * total)
+            if pick.is_median:
+                add_middle(sums, found, weights, 0.5 * total)
+            else:
+                add_between(sums, found, weights, pick.low * total, pick.high * total)
             yield (name, start, stop), np.divide(sums[2], sums[1], out=sums[2])
 
 
@@ -256,7 +273,7 @@ def _step(parent: Arrays, into: Arrays, where: Piece, delta: Floats, *, outer: O
         m = outer.momentum * read(f"outer.m.{name}") + delta
         write(f"outer.m.{name}", m)
         moved = m if outer.kind == "momentum" else delta + outer.momentum * m
-    write(name, read(name) + moved * (scale * outer.lr))
+    move(into[name].reshape(-1)[start:stop], parent[name].reshape(-1)[start:stop], moved, scale * outer.lr, _SINGLE_MAX)
 
 
 def _read_pieces(tensors: Arrays, name: str) -> Iterator[npt.NDArray[Any]]:
