@@ -1,0 +1,238 @@
+"""What hostile sites can do to a model, by merge method: five sites, real cells, one or two of them hostile.
+
+    SWARMCHAIN_DATA=DIR python bench/attacks.py [--rounds 60] [--methods …] [--data …] [--json] [--write]
+
+The swarm's own training, statistics and merge, without chain and store. Macro-F1 on the held-out cells of the five PBMC
+studies (`pbmc_multistudy`) and of mass cytometry dealt with label skew (`cytof_multicenter_small`, deal 0), after
+`--rounds` rounds of 20 steps. `honest` is the method with all five sites honest; under an attack the table says what it
+costs, against the same method with the honest sites alone (a site that is found out is a site less, and nothing more).
+Hostile are the last one or two sites by name. Attacks:
+
+scale       the site's honest delta × 1000
+sign        the site's honest delta × -1
+nan         NaN: refused by the reader before any method sees it
+label flip  trained on labels turned round
+gaussian    normal noise, SD 1 in every parameter
+ipm         minus the mean of the honest deltas (inner-product manipulation, Xie et al. 2020), as large as they are; who
+            knows the others' deltas must have seen them before it committed, so that here it is given more than it has
+inflation   the sign attack, claiming 10¹² cells
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from tables import replace_table
+
+from swarmchain.baselines import predict
+from swarmchain.certify import Arrays
+from swarmchain.checkpoint import allocate_tensors, decode_tensors
+from swarmchain.config import DataConfig, SiteCard
+from swarmchain.data import compute_statistics, read_cells, select_cells, select_panel, standardize
+from swarmchain.dealing import deal_folder
+from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
+from swarmchain.methods import METHODS
+from swarmchain.metrics import compute_macro_f1
+from swarmchain.planning import plan_cell_type, plan_statistics
+from swarmchain.spec import CellTypeSpec, Limits, Normalization, Training, checkpoint_layout
+from swarmchain.trainer import TrainingSet, prepare_training, train_round
+
+DATA = ("pbmc_multistudy", "cytof_multicenter_small")
+ATTACKS = ("scale", "sign", "nan", "label flip", "gaussian", "ipm", "inflation")
+CLAIM = 10**12
+
+
+@dataclass(frozen=True)
+class Task:
+    """Five sites ready to train, and the held-out cells: `x` standardised, `y`."""
+
+    spec: CellTypeSpec
+    seed: Arrays
+    cells: list[TrainingSet]
+    x: Any
+    y: Any
+
+
+@cache
+def load(name: str, rounds: int) -> Task:
+    root = Path(os.environ["SWARMCHAIN_DATA"])
+    with tempfile.TemporaryDirectory() as folder:
+        if name == DATA[0]:
+            dealt = deal_folder(Path(folder) / "d", root / name, splits=root / "splits" / f"{name}.csv.gz",
+                                label_column="cell_type", seed=0)
+            files, tests, normalization, common, share = dealt.files, dealt.test, Normalization(), 3, 0.3
+            config = DataConfig(path="", label_column="cell_type")
+        else:
+            files, tests = deal_cytometry(root, Path(folder))
+            normalization, common, share = Normalization(kind="none"), 1, 0.5
+            config = DataConfig(path="", label_column="cell_type", state="none")
+        return prepare(files, tests, config, normalization, common=common, share=share, rounds=rounds)
+
+
+def deal_cytometry(root: Path, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """One file per site of the deal with label skew, and one with the held-out cells; arcsinh with the cofactor 5."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = anndata.read_h5ad(root / "cytof_multicenter" / "cytof_multicenter_small.h5ad")
+        table = pd.read_csv(root / "splits" / "cytof_multicenter_small.csv.gz", dtype=str).set_index("cell")
+        table = table.loc[data.obs_names]
+        data.X = np.arcsinh(data.X / np.float32(5)).astype(np.float32)
+        paths = {}
+        is_train = table["split"] == "train"
+        for site in [*sorted(table.loc[is_train, "site_skew0"].unique()), "test"]:
+            chosen = ~is_train if site == "test" else is_train & (table["site_skew0"] == site)
+            paths[site] = folder / f"{site}.h5ad"
+            anndata.AnnData(data.X[chosen.to_numpy()], obs=data.obs.loc[chosen.to_numpy(), ["cell_type"]],
+                            var=pd.DataFrame(index=data.var_names)).write_h5ad(paths[site])
+    return {site: path for site, path in paths.items() if site != "test"}, {"test": paths["test"]}
+
+
+def prepare(files: dict[str, Path], tests: dict[str, Path], config: DataConfig, normalization: Normalization, *,
+            common: int, share: float, rounds: int) -> Task:
+    """What the statistics run and the start of the training run do."""
+    found = {site: read_cells(path, config, normalization) for site, path in files.items()}
+    cards = [SiteCard(name=site, address="0x" + "1" * 40, features=cells.features,
+                      labels=tuple(sorted(set(cells.labels.tolist())))) for site, cells in found.items()]
+    source = plan_statistics(cards, name="statistics", sites_to_start=len(cards), normalization=normalization)
+    inputs = []
+    for i, cells in enumerate(found.values()):
+        data = select_cells(cells, source)
+        sums = compute_statistics(data, labels=len(source.labels))
+        inputs.append(Input(i, len(data.train), sums, compute_norm(sums)))
+    _, sums = allocate_tensors(checkpoint_layout(source))
+    sum_statistics(inputs, into=sums)
+    on_record: Any = SimpleNamespace(run=1, spec="0" * 64, checkpoint="0" * 64)
+    spec, blob = plan_cell_type((source, sums), on_record, name="attacks", sites_per_feature_min=common,
+                                panel_share_min=share, limits=Limits(rounds=rounds, sites_to_start=len(cards)),
+                                training=Training(steps=20))
+    seed = decode_tensors(blob, checkpoint_layout(spec))
+    rows = [source.labels.index(label) for label in spec.labels]
+    sites = [prepare_training(select_cells(cells, spec), spec, seed, sums["cells_per_label"][rows])
+             for cells in found.values()]
+    xs, ys = [], []
+    for path in tests.values():
+        cells = read_cells(path, config, normalization)
+        x, present = select_panel(cells, spec.panel.model_copy(update={"share_min": 0.0}))
+        xs.append(standardize(x, present, seed))
+        ys.append(np.array([spec.labels.index(label) for label in cells.labels.tolist()]))
+    return Task(spec, seed, sites, np.concatenate(xs), np.concatenate(ys))
+
+
+def play(name: str, rounds: int, method: dict[str, Any], attack: str, hostile: int) -> float:
+    """Macro-F1 of a whole run; the attack `absent` leaves the hostile sites out."""
+    import torch
+
+    torch.set_num_threads(1)
+    task = load(name, rounds)
+    spec = CellTypeSpec.model_validate({**task.spec.model_dump(), "merge": method})
+    layout = checkpoint_layout(spec)
+    bad = set(range(len(task.cells) - hostile, len(task.cells)))
+    cells = [flip(c, len(spec.labels)) if i in bad and attack == "label flip" else c for i, c in enumerate(task.cells)]
+    _, parent = allocate_tensors(layout)
+    for key, value in task.seed.items():
+        parent[key][...] = value
+    noise = np.random.default_rng(1)
+    for round_id in range(1, rounds + 1):
+        made = {i: train_round(parent, c, spec, round_id=round_id, site=i) for i, c in enumerate(cells)
+                if not (i in bad and attack in ("absent", "nan"))}
+        honest = [m.deltas for i, m in made.items() if i not in bad]
+        inputs = []
+        for i, contribution in made.items():
+            deltas, samples = contribution.deltas, contribution.samples
+            if i in bad:
+                deltas, samples = spoil(attack, deltas, honest, noise), CLAIM if attack == "inflation" else samples
+            inputs.append(Input(i, samples, deltas, compute_norm(deltas)))
+        _, into = allocate_tensors(layout)
+        merge_deltas(parent, inputs, spec.merge, into=into)
+        parent = into
+    with np.errstate(all="ignore"):
+        return compute_macro_f1(task.y, predict(parent, task.x, spec), classes=len(spec.labels))
+
+
+def flip(cells: TrainingSet, labels: int) -> TrainingSet:
+    return replace(cells, y=labels - 1 - cells.y)
+
+
+def spoil(attack: str, deltas: Arrays, honest: list[Arrays], noise: np.random.Generator) -> Arrays:
+    if attack == "scale":
+        return {name: delta * np.float32(1000) for name, delta in deltas.items()}
+    if attack in ("sign", "inflation"):
+        return {name: -delta for name, delta in deltas.items()}
+    if attack == "gaussian":
+        return {name: noise.standard_normal(delta.shape, dtype=np.float32) for name, delta in deltas.items()}
+    if attack == "ipm":
+        return {name: -np.mean([d[name] for d in honest], axis=0, dtype=np.float32) for name in deltas}
+    return deltas
+
+
+def measure(names: list[str], methods: list[dict[str, Any]], rounds: int, jobs: int) -> list[dict[str, Any]]:
+    wanted = []
+    for name in names:
+        for method in methods:
+            hostile_max = {"hostile_max": 2} if method["method"] == "multi_krum" else {}
+            wanted.append((name, rounds, method, "honest", 0))
+            for hostile in (1, 2):
+                chosen = {**method, **(hostile_max if hostile == 2 else {})}
+                wanted += [(name, rounds, chosen, attack, hostile) for attack in ("absent", *ATTACKS)]
+    with ProcessPoolExecutor(jobs) as pool:
+        scores = list(pool.map(play, *zip(*wanted, strict=True)))
+    return [{"data": name, "method": method["method"], "settings": method, "attack": attack, "hostile": hostile,
+             "macro_f1": round(score, 4)} for (name, _, method, attack, hostile), score in
+            zip(wanted, scores, strict=True)]
+
+
+def format_tables(rows: list[dict[str, Any]]) -> str:
+    parts = []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        plain = next((r["macro_f1"] for r in rows if r["data"] == name and r["method"] == "mean"
+                      and r["attack"] == "honest"), None)
+        for hostile in (1, 2):
+            lines = [f"\n`{name}`, {hostile} of 5 sites hostile\n",
+                     "| method | honest | against `mean` | without the hostile | " + " | ".join(ATTACKS) + " |",
+                     "|---|---:|---:|---:|" + "---:|" * len(ATTACKS)]
+            for method in dict.fromkeys(row["method"] for row in rows):
+                own = {r["attack"]: r["macro_f1"] for r in rows if r["data"] == name and r["method"] == method
+                       and r["hostile"] in (0, hostile)}
+                costs = " | ".join(f"{own[a] - own['absent']:+.3f}" for a in ATTACKS)
+                against = "" if plain is None else f"{own['honest'] - plain:+.3f}"
+                lines.append(f"| `{method}` | {own['honest']:.3f} | {against} | {own['absent']:.3f} | {costs} |")
+            parts.append("\n".join(lines) + "\n")
+    return "".join(parts).lstrip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or JSON settings")
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
+    options = parser.parse_args()
+    if "SWARMCHAIN_DATA" not in os.environ:
+        parser.error("SWARMCHAIN_DATA must name the folder with pbmc_multistudy, cytof_multicenter and splits")
+    methods = [json.loads(m) if m.startswith("{") else {"method": m} for m in options.methods]
+    rows = measure(options.data, methods, options.rounds, options.jobs)
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print(format_tables(rows), end="")
+    if options.write:
+        replace_table("attacks", format_tables(rows))
+
+
+if __name__ == "__main__":
+    main()
