@@ -17,7 +17,7 @@ import numpy.typing as npt
 from swarmchain.certify import Arrays
 from swarmchain.data import SiteData, standardize
 from swarmchain.metrics import compute_f1, summarize_f1
-from swarmchain.model import build_model, load_parameters, predict_probabilities
+from swarmchain.model import build_model, load_state, predict_probabilities
 from swarmchain.spec import CellTypeSpec
 from swarmchain.trainer import prepare_training, train_round
 
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
     """Label indices [cells] of standardised cells [cells, panel]."""
     model = build_model(spec)
-    load_parameters(model, parameters)
+    load_state(model, parameters)
     called: Ints = predict_probabilities(model, x).argmax(axis=1).astype(np.int64)
     return called
 
@@ -42,8 +42,9 @@ def train_alone(data: SiteData, seed: Arrays, spec: CellTypeSpec, *, site: int, 
     cells = prepare_training(data, spec, seed, counts)
     parameters = {name: np.asarray(value) for name, value in seed.items() if not name.startswith("standardize.")}
     for round_id in range(1, rounds + 1):
-        deltas = train_round(parameters, cells, spec, round_id=round_id, site=site).deltas
-        parameters = {name: parameters[name] + delta for name, delta in deltas.items()}
+        found = train_round(parameters, cells, spec, round_id=round_id, site=site)
+        moved = {name: parameters[name] + delta for name, delta in found.deltas.items()}
+        parameters = {**parameters, **moved, **found.local}
     return parameters
 
 

@@ -31,7 +31,7 @@ from swarmchain.kernels import (
     sort_columns,
 )
 from swarmchain.methods import Geometry, Pick, Plan, find_method
-from swarmchain.spec import Merge, Outer
+from swarmchain.spec import Merge, Outer, is_statistic
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float64]
@@ -202,7 +202,7 @@ def _sum_all(inputs: Sequence[Input], names: Sequence[str], plan: Plan, size: in
                 pieces = [read_piece(item.tensors, name, start, stop, scratch=row)
                           for item, row in zip(counted[at : at + 4], scratch, strict=False)]
                 if len(pieces) == 4:
-                    add_scaled_4(sums, *pieces, factors[at : at + 4])
+                    add_scaled_4(sums, pieces[0], pieces[1], pieces[2], pieces[3], factors[at : at + 4])
                 else:
                     for piece, factor in zip(pieces, factors[at:], strict=True):
                         add_scaled(sums, piece, factor)
@@ -262,8 +262,10 @@ def _step(parent: Arrays, into: Arrays, where: Piece, delta: Floats, *, outer: O
     def write(key: str, values: Floats) -> None:
         into[key].reshape(-1)[start:stop] = np.clip(values, -_SINGLE_MAX, _SINGLE_MAX)
 
-    moved = delta
-    if outer.kind == "fedadam":
+    moved, lr = delta, outer.lr
+    if is_statistic(name):
+        lr = 1.0
+    elif outer.kind == "fedadam":
         m = outer.momentum * read(f"outer.m.{name}") + (1.0 - outer.momentum) * delta
         v = outer.decay * read(f"outer.v.{name}") + (1.0 - outer.decay) * (delta * delta)
         write(f"outer.m.{name}", m)
@@ -273,7 +275,10 @@ def _step(parent: Arrays, into: Arrays, where: Piece, delta: Floats, *, outer: O
         m = outer.momentum * read(f"outer.m.{name}") + delta
         write(f"outer.m.{name}", m)
         moved = m if outer.kind == "momentum" else delta + outer.momentum * m
-    move(into[name].reshape(-1)[start:stop], parent[name].reshape(-1)[start:stop], moved, scale * outer.lr, _SINGLE_MAX)
+    found = into[name].reshape(-1)[start:stop]
+    move(found, parent[name].reshape(-1)[start:stop], moved, scale * lr, _SINGLE_MAX)
+    if name.endswith("running_var"):
+        np.maximum(found, 0.0, out=found)
 
 
 def _read_pieces(tensors: Arrays, name: str) -> Iterator[npt.NDArray[Any]]:

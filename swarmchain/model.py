@@ -1,7 +1,7 @@
 """The network: a perceptron from a panel of features to cell types.
 
-Legend: N cells, F features of the panel, H hidden units, C labels. Parameters carry the names of
-`spec.parameter_layout`: `layers.<i>.weight` [out, in], `layers.<i>.bias` [out].
+Legend: N cells, F features of the panel, H hidden units, C labels. Parameters and buffers carry
+the names of `spec.state_layout`: `layers.<i>.weight` [out, in], `layers.<i>.bias` [out], `norms.<i>.…` [out].
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import torch
 from torch import nn
 
 from swarmchain.protocol import derive_seed
-from swarmchain.spec import CellTypeSpec, parameter_layout
+from swarmchain.spec import CellTypeSpec, state_layout
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class Perceptron(nn.Module):
-    """[N, F] → [N, C]: linear layers with ReLU and dropout between them; without hidden layers a linear model."""
+    """[N, F] → [N, C]: linear layers, and (normalisation,) ReLU and dropout between them."""
 
-    def __init__(self, widths: list[int], *, dropout: float) -> None:
+    def __init__(self, widths: list[int], *, dropout: float, batch_norm: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) if batch_norm else nn.Identity() for width in widths[1:-1])
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [N, C] of standardised cells [N, F]."""
-        for layer in self.layers[:-1]:
-            x = self.dropout(torch.relu(layer(x)))  # [N, H]
+        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
+            x = self.dropout(torch.relu(norm(layer(x))))  # [N, H]
         logits: torch.Tensor = self.layers[-1](x)
         return logits
 
@@ -40,29 +41,35 @@ class Perceptron(nn.Module):
 def build_model(spec: CellTypeSpec) -> Perceptron:
     """The spec's network with arbitrary weights; load some before use."""
     widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
-    return Perceptron(widths, dropout=spec.model.dropout)
+    return Perceptron(widths, dropout=spec.model.dropout, batch_norm=spec.model.batch_norm)
 
 
-def load_parameters(model: nn.Module, parameters: Arrays) -> None:
-    """Set every parameter of `model` from arrays of the same names; other arrays are ignored."""
+def load_state(model: nn.Module, state: Arrays) -> None:
+    """Set every parameter and buffer of `model` from arrays of the same names; other arrays are ignored."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.tensor(parameters[name]))
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(torch.tensor(state[name]))
 
 
-def read_parameters(model: nn.Module) -> dict[str, npt.NDArray[np.float32]]:
-    """Copies of all parameters, by name."""
-    return {name: p.detach().numpy().astype(np.float32, copy=True) for name, p in model.named_parameters()}
+def read_state(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Copies of all parameters and buffers, by name."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
-def draw_parameters(spec: CellTypeSpec) -> dict[str, npt.NDArray[np.float32]]:
+def draw_state(spec: CellTypeSpec) -> dict[str, npt.NDArray[Any]]:
     """Weights of a seed checkpoint: uniform in ±√(6 / inputs) (He et al. 2015, eq. 10), biases 0.
+
+    Normalisation layers start with weight 1, bias 0, mean 0 and variance 1.
 
     Drawn by numpy from the spec's seed. Whoever proposes a run draws once; the checkpoint then travels as a blob.
     """
     generator = np.random.default_rng(derive_seed("seed checkpoint", spec.training.seed))
-    parameters: dict[str, npt.NDArray[np.float32]] = {}
-    for name, (_, shape) in parameter_layout(spec).items():
+    parameters: dict[str, npt.NDArray[Any]] = {}
+    for name, (dtype, shape) in state_layout(spec).items():
+        if name.startswith("norms."):
+            start = 1 if name.endswith(("weight", "running_var")) else 0
+            parameters[name] = np.full(shape, start, dtype=dtype)
+            continue
         bound = np.sqrt(6.0 / shape[1]) if len(shape) == 2 else 0.0
         parameters[name] = generator.uniform(-bound, bound, size=shape).astype(np.float32)
     return parameters

@@ -15,11 +15,12 @@ from swarmchain.checkpoint import encode_tensors
 from swarmchain.config import SiteCard
 from swarmchain.data import compute_standardization
 from swarmchain.errors import SpecError
-from swarmchain.model import draw_parameters
+from swarmchain.model import draw_state
 from swarmchain.protocol import RunView, compute_digest
 from swarmchain.spec import (
     CellTypeSpec,
     ClippedMean,
+    Codec,
     Gate,
     Limits,
     Merge,
@@ -74,7 +75,7 @@ def read_statistics(store: Store, view: RunView) -> tuple[StatisticsSpec, Arrays
 def plan_cell_type(
     statistics: tuple[StatisticsSpec, Arrays], view: RunView, *, name: str, limits: Limits, sites_per_feature_min: int,
     model: Model | None = None, training: Training | None = None, merge: Merge | None = None, gate: Gate | None = None,
-    panel_share_min: float = 0.5,
+    panel_share_min: float = 0.5, codec: Codec = "float32",
 ) -> tuple[CellTypeSpec, bytes]:
     """A training run on what a statistics run found, and its seed checkpoint.
 
@@ -98,11 +99,12 @@ def plan_cell_type(
     draft = CellTypeSpec(
         name=name, panel=Panel(features=features, share_min=panel_share_min), labels=labels,
         normalization=source.normalization, limits=limits, validation_share=source.validation_share,
-        model=model or Model(), training=training or Training(), merge=merge or ClippedMean(), gate=gate or Gate(),
+        model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
+        codec=codec, gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,
     )
     constants = compute_standardization(sums, source.panel.features, draft.panel)
     layout = checkpoint_layout(draft)
     zeros = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}
-    seed = encode_tensors({**zeros, **draw_parameters(draft), **constants}, layout)
+    seed = encode_tensors({**zeros, **draw_state(draft), **constants}, layout)
     return draft.model_copy(update={"seed_checkpoint": compute_digest(seed)}), seed

@@ -24,6 +24,7 @@ SPEC_BYTES_MAX = 16 << 20
 FEATURES_MAX = 200_000
 CLASSES_MAX = 1_000
 SCALE = ":scale"
+STATISTICS = ("running_mean", "running_var")
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -70,10 +71,17 @@ class Limits(Strict):
 
 
 class Model(Strict):
-    """A perceptron: panel → hidden layers (ReLU, dropout) → one logit per label. No hidden layer: a linear model."""
+    """A perceptron: panel → hidden layers (ReLU, dropout) → one logit per label. No hidden layer: a linear model.
+
+    `batch_norm` normalises every hidden layer before its ReLU. `local` names parts that never leave a site: each site
+    trains its own, and the checkpoints carry the seed checkpoint's. `norms` are the normalisation layers (FedBN; Li et
+    al. 2021), `head` is the last layer.
+    """
 
     hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = (128,)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    batch_norm: bool = False
+    local: tuple[Literal["norms", "head"], ...] = ()
 
 
 class Training(Strict):
@@ -120,7 +128,7 @@ class _Merge(Strict):
     """What all merge methods have: shares proportional to `weighting`, none above `weight_max` where that can be."""
 
     weighting: Literal["samples", "sqrt_samples", "equal"] = "sqrt_samples"
-    weight_max: Annotated[float, Field(gt=0, le=1)] = 0.5
+    weight_max: Annotated[float, Field(gt=0, le=1)] = 0.3
     outer: Outer = Outer()
 
 
@@ -128,7 +136,7 @@ class ClippedMean(_Merge):
     """Weighted mean of deltas that are scaled down to at most `clip_factor` times the median norm."""
 
     method: Literal["clipped_mean"] = "clipped_mean"
-    clip_factor: Positive = 2.0
+    clip_factor: Positive = 1.0
 
 
 class Mean(_Merge):
@@ -256,6 +264,7 @@ class RehearsalSpec(_Spec):
 
 CellSpec = StatisticsSpec | CellTypeSpec
 Spec = CellSpec | RehearsalSpec
+_MERGES: TypeAdapter[Merge] = TypeAdapter(Merge)
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
 
 
@@ -275,6 +284,14 @@ def parse_spec(data: bytes) -> Spec:
         raise SpecError(
             f"not a spec: {first_problem(exc)}", hint="`swarmchain run new` writes a valid one to start from"
         ) from exc
+
+
+def parse_merge(settings: Mapping[str, Any]) -> Merge:
+    """Merge settings from plain values. Raises `SpecError`."""
+    try:
+        return _MERGES.validate_json(encode_canonical(dict(settings)))
+    except ValidationError as exc:
+        raise SpecError(f"merge: {first_problem(exc)}") from exc
 
 
 def encode_spec(spec: Spec) -> bytes:
@@ -298,10 +315,11 @@ def statistics_layout(features: int, labels: int) -> Layout:
     }
 
 
-def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
-    """Tensors that training moves; a contribution holds their deltas under the same names.
+def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+    """Tensors of the network: parameters and buffers.
 
-    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels.
+    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
+    batch normalisation after layer i, [out] each.
     """
     if isinstance(spec, RehearsalSpec):
         widths = list(spec.widths)
@@ -311,7 +329,31 @@ def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
     for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
         layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
         layout[f"layers.{i}.bias"] = ("float32", (width_out,))
+    if isinstance(spec, CellTypeSpec) and spec.model.batch_norm:
+        for i, width in enumerate(spec.model.hidden):
+            layout |= {f"norms.{i}.{name}": ("float32", (width,)) for name in ("weight", "bias", *STATISTICS)}
+            layout[f"norms.{i}.num_batches_tracked"] = ("int64", ())
     return dict(sorted(layout.items()))
+
+
+def local_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+    """Tensors of the network that every site keeps to itself."""
+    if isinstance(spec, RehearsalSpec):
+        return {}
+    prefixes = {"norms": "norms.", "head": f"layers.{len(spec.model.hidden)}."}
+    kept = tuple(prefixes[part] for part in spec.model.local)
+    return {name: entry for name, entry in state_layout(spec).items() if kept and name.startswith(kept)}
+
+
+def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+    """Tensors that a contribution holds the deltas of, and a merge moves.
+
+    Those are all floating-point tensors of the network that are not local. Batch normalisation's running means and
+    variances are among them: they are merged as parameters are, but no outer optimiser moves them, and a variance does
+    not fall below 0. Integer buffers (counters) are not: checkpoints carry the seed checkpoint's.
+    """
+    local = local_layout(spec)
+    return {name: entry for name, entry in state_layout(spec).items() if entry[0] == "float32" and name not in local}
 
 
 def constant_layout(spec: CellTypeSpec) -> Layout:
@@ -338,15 +380,20 @@ def code_layout(layout: Layout, codec: Codec) -> Layout:
 def outer_layout(parameters: Layout, merge: Merge) -> Layout:
     """Tensors that the outer optimiser remembers from round to round."""
     moments = {"none": (), "momentum": ("m",), "nesterov": ("m",), "fedadam": ("m", "v")}[merge.outer.kind]
-    return {f"outer.{moment}.{name}": entry for moment in moments for name, entry in parameters.items()}
+    return {f"outer.{moment}.{name}": entry for moment in moments for name, entry in parameters.items()
+            if not is_statistic(name)}
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is batch normalisation's running mean or variance."""
+    return name.endswith(STATISTICS)
 
 
 def checkpoint_layout(spec: Spec) -> Layout:
     """Tensors of the run's checkpoints."""
     if isinstance(spec, StatisticsSpec):
         return statistics_layout(len(spec.panel.features), len(spec.labels))
-    parameters = parameter_layout(spec)
-    layout = {**parameters, **outer_layout(parameters, spec.merge)}
+    layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
     if isinstance(spec, CellTypeSpec):
         layout |= constant_layout(spec)
     return dict(sorted(layout.items()))

@@ -17,8 +17,16 @@ import numpy.typing as npt
 
 from swarmchain.config import SiteConfig
 from swarmchain.errors import SpecError
+from swarmchain.keeper import Keeper
 from swarmchain.protocol import RoundKey, derive_seed
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, StatisticsSpec, checkpoint_layout, parameter_layout
+from swarmchain.spec import (
+    CellTypeSpec,
+    RehearsalSpec,
+    StatisticsSpec,
+    checkpoint_layout,
+    local_layout,
+    parameter_layout,
+)
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Judgement = tuple[bool, float | None]
@@ -28,12 +36,16 @@ REHEARSAL_SAMPLES = 1_000
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one contribution is for: the round, the site, the parent's digest and tensors, and a folder for progress."""
+    """What one contribution is for: the round, the site, the parent's digest and tensors, and a folder for progress.
+
+    `after` is the finalized round that the parent came from, 0 for the first parent.
+    """
 
     key: RoundKey
     site: int
     parent: tuple[str, Arrays]
     folder: Path
+    after: int = 0
 
 
 class Task(Protocol):
@@ -85,6 +97,8 @@ class CellTypeTask:
         Spec and checkpoint of the statistics run that the training run stands on.
     seed
         The seed checkpoint.
+    folder
+        Where the site keeps what is its own of the network.
 
     Raises
     ------
@@ -94,8 +108,8 @@ class CellTypeTask:
         If the site's data cannot serve the spec.
     """
 
-    def __init__(self, config: SiteConfig, spec: CellTypeSpec, source: tuple[StatisticsSpec, Arrays], seed: Arrays
-                 ) -> None:
+    def __init__(self, config: SiteConfig, spec: CellTypeSpec, source: tuple[StatisticsSpec, Arrays], seed: Arrays,
+                 *, folder: Path) -> None:
         import torch
 
         from swarmchain.data import compute_standardization, load_site_data
@@ -103,6 +117,7 @@ class CellTypeTask:
 
         torch.set_num_threads(config.agent.threads)
         self._spec = spec
+        self._kept = Keeper(folder, "local", local_layout(spec))
         self._pause_s = config.agent.resume_s
         self._data = load_site_data(config, spec)
         source_spec, statistics = source
@@ -126,18 +141,21 @@ class CellTypeTask:
 
         digest, parent = assignment.parent
         resume = Resume(assignment.folder, pause_s=self._pause_s, parent=digest)
-        found = train_round(parent, self._cells, self._spec, round_id=assignment.key.round_id, site=assignment.site,
+        own = {**parent, **(self._kept.read(assignment.after) or {})}
+        found = train_round(own, self._cells, self._spec, round_id=assignment.key.round_id, site=assignment.site,
                             resume=resume)
+        self._kept.write(assignment.key.round_id, found.local)
         return found.deltas, found.samples, found.metrics
 
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
         """Accept unless macro-F1 on the site's validation cells falls by more than the gate allows."""
         from swarmchain.trainer import score_checkpoint
 
-        score = score_checkpoint(merged, self._cells, self._spec)
+        own = self._kept.read(self._spec.limits.rounds) or {}
+        score = score_checkpoint({**merged, **own}, self._cells, self._spec)
         if score is None:
             return True, None
-        before = score_checkpoint(parent, self._cells, self._spec) or 0.0
+        before = score_checkpoint({**parent, **own}, self._cells, self._spec) or 0.0
         return score >= before - self._spec.gate.score_drop_max, score
 
 

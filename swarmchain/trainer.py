@@ -27,9 +27,9 @@ from torch import nn
 from swarmchain.config import write_file
 from swarmchain.data import SiteData, standardize
 from swarmchain.metrics import compute_macro_f1
-from swarmchain.model import build_model, load_parameters, predict_probabilities, read_parameters
+from swarmchain.model import build_model, load_state, predict_probabilities, read_state
 from swarmchain.protocol import derive_seed
-from swarmchain.spec import CellTypeSpec, compute_spec_digest
+from swarmchain.spec import CellTypeSpec, compute_spec_digest, local_layout, parameter_layout
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -106,11 +106,15 @@ class Resume:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one round of local training gives: parameter deltas, the number of training cells, remarks."""
+    """What one round of local training gives: deltas of `spec.parameter_layout`, the number of training cells, remarks.
+
+    `local` holds the tensors of `spec.local_layout` as they are after it.
+    """
 
     deltas: dict[str, npt.NDArray[np.float32]]
     samples: int
     metrics: dict[str, float]
+    local: dict[str, npt.NDArray[Any]]
 
 
 def prepare_training(
@@ -149,7 +153,7 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
     Parameters
     ----------
     parent
-        Parameters by name; see `spec.parameter_layout`.
+        The network by name, see `spec.state_layout`: the checkpoint, but with this site's own local tensors.
     resume
         Where progress is written and looked for. The result is the same with and without.
     """
@@ -159,7 +163,7 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
     generator = np.random.default_rng(seed)  # minibatches
 
     model = build_model(spec)
-    load_parameters(model, parent)
+    load_state(model, parent)
     model.train()
     optimizer = torch.optim.Adam(
         model.parameters(), lr=compute_learning_rate(spec, round_id), weight_decay=settings.weight_decay
@@ -170,7 +174,9 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
 
     def identify() -> str:
         assert resume is not None
-        parts = (resume.parent, compute_spec_digest(spec), round_id, site, cells.fingerprint, torch.get_num_threads())
+        own = [parent[name].tobytes() for name in local_layout(spec)]
+        parts = (resume.parent, own, compute_spec_digest(spec), round_id, site, cells.fingerprint,
+                 torch.get_num_threads())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     start = 0
@@ -188,17 +194,21 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
 
     if resume is not None:
         resume.discard()
-    deltas = {name: value - parent[name] for name, value in read_parameters(model).items()}
+    state = read_state(model)
+    deltas = {name: state[name] - parent[name] for name in parameter_layout(spec)}
+    local = {name: state[name] for name in local_layout(spec)}
     tail = losses[-max(1, settings.steps // 4) :]
-    return Contribution(deltas=deltas, samples=len(cells.train), metrics={"loss": round(float(tail.mean()), 6)})
+    return Contribution(deltas=deltas, samples=len(cells.train), local=local,
+                        metrics={"loss": round(float(tail.mean()), 6)})
 
 
 def _save(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[np.float64], step: int) -> Arrays:
-    """All that the steps to come depend on, as arrays: parameters, Adam's moments, the state of the random numbers."""
+    """All that the steps to come depend on, as arrays: the network, Adam's moments, the state of the random numbers."""
     arrays: dict[str, npt.NDArray[Any]] = {
         "step": np.array(step), "losses": losses, "random": torch.get_rng_state().numpy()}
+    for name, value in model.state_dict().items():
+        arrays[f"state.{name}"] = value.detach().numpy()
     for name, parameter in model.named_parameters():
-        arrays[f"parameter.{name}"] = parameter.detach().numpy()
         for key, value in optimizer.state[parameter].items():
             arrays[f"{key}.{name}"] = value.numpy()
     return arrays
@@ -206,9 +216,9 @@ def _save(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[np.
 
 def _restore(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[np.float64], arrays: Arrays) -> int:
     """Undo `_save`; returns the number of steps that are done."""
+    load_state(model, {name.removeprefix("state."): value for name, value in arrays.items()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(arrays[f"parameter.{name}"]))
             optimizer.state[parameter] = {
                 key: torch.from_numpy(arrays[f"{key}.{name}"].copy()) for key in ("step", "exp_avg", "exp_avg_sq")}
     losses[:] = arrays["losses"]
@@ -221,7 +231,7 @@ def score_checkpoint(parameters: Arrays, cells: TrainingSet, spec: CellTypeSpec)
     if len(cells.validation) == 0:
         return None
     model = build_model(spec)
-    load_parameters(model, parameters)
+    load_state(model, parameters)
     probabilities = predict_probabilities(model, cells.x[cells.validation].numpy())
     truth = cells.y[cells.validation].numpy()
     return compute_macro_f1(truth, probabilities.argmax(axis=1), classes=len(spec.labels))

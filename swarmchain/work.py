@@ -6,13 +6,13 @@ Knows the run's tensors and the site's cells, and neither keys nor transactions:
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_one
-from swarmchain.checkpoint import decode_tensors, encode_tensors
+from swarmchain.checkpoint import encode_tensors
 from swarmchain.codec import encode_deltas
-from swarmchain.config import SiteConfig, write_file
-from swarmchain.errors import CheckpointError, SpecError, SwarmError
+from swarmchain.config import SiteConfig
+from swarmchain.errors import SpecError, SwarmError
+from swarmchain.keeper import Keeper
 from swarmchain.methods import find_method
 from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
 from swarmchain.spec import (
@@ -26,9 +26,6 @@ from swarmchain.spec import (
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 from swarmchain.tasks import Assignment, CellTypeTask, RehearsalTask, StatisticsTask, Task, start_parent
-
-# Residuals that are kept: a chain may lose blocks, and rounds come again.
-RESIDUALS = 32
 
 
 class RunWork:
@@ -74,7 +71,7 @@ class RunWork:
         source = load_statistics_source(self.store, self.spec)
         statistics = read_checkpoint(self.store, self.spec.statistics.checkpoint, source)
         seed = read_checkpoint(self.store, self.spec.seed_checkpoint, self.spec)
-        return CellTypeTask(config, self.spec, (source, statistics), seed)
+        return CellTypeTask(config, self.spec, (source, statistics), seed, folder=self._folder)
 
     def read_parent(self, view: RunView) -> tuple[str, Arrays]:
         """Digest and tensors of the checkpoint that the newest round starts from.
@@ -99,32 +96,13 @@ class RunWork:
 
     def contribute(self, view: RunView, key: RoundKey) -> tuple[bytes, int, dict[str, float]]:
         """Bytes of this site's contribution, its number of training cells, and remarks."""
-        assignment = Assignment(key, self.site, self.read_parent(view), self._folder)
+        assignment = Assignment(key, self.site, self.read_parent(view), self._folder, view.finalized_round)
         tensors, samples, metrics = self.task.contribute(assignment)
         if not isinstance(self.spec, StatisticsSpec):
-            residual = self._read_residual(view.finalized_round)
-            tensors, lost = encode_deltas(tensors, self.spec.codec, residual=residual)
-            self._keep_residual(key.round_id, lost)
+            kept = Keeper(self._folder, "residual", parameter_layout(self.spec) if self.spec.codec != "float32" else {})
+            tensors, lost = encode_deltas(tensors, self.spec.codec, residual=kept.read(assignment.after))
+            kept.write(key.round_id, lost)
         return encode_tensors(tensors, self._layout), samples, metrics
-
-    def _read_residual(self, round_id: int) -> Arrays | None:
-        """What coding lost of this site's contribution to a round; None if it did not contribute to it."""
-        assert not isinstance(self.spec, StatisticsSpec)
-        try:
-            data = self._residual_path(round_id).read_bytes()
-            return decode_tensors(data, parameter_layout(self.spec))
-        except (FileNotFoundError, CheckpointError):
-            return None
-
-    def _keep_residual(self, round_id: int, lost: Arrays) -> None:
-        assert not isinstance(self.spec, StatisticsSpec)
-        if self.spec.codec == "float32":
-            return
-        write_file(self._residual_path(round_id), encode_tensors(lost, parameter_layout(self.spec)), mode=0o600)
-        self._residual_path(round_id - RESIDUALS).unlink(missing_ok=True)
-
-    def _residual_path(self, round_id: int) -> Path:
-        return self._folder / f"residual-{round_id}.safetensors"
 
     def check(self, view: RunView, key: RoundKey, site: int) -> Reason | None:
         """Fetch what a committed site disclosed; None if it is good, else what is wrong with it by now."""

@@ -10,6 +10,7 @@ import sys
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numba
 import numpy as np
@@ -19,11 +20,12 @@ from hypothesis import strategies as st
 from merges import OUTERS, SHAPES, draw, make_input, make_inputs, make_settings, merge
 
 from swarmchain import kernels
+from swarmchain.cli import run
 from swarmchain.codec import encode_deltas, read_piece
 from swarmchain.errors import CheckpointError, ConfigError, SpecError
 from swarmchain.merge import build_network, compute_norm, compute_products, compute_weights, merge_deltas
 from swarmchain.methods import METHODS, Geometry, Plan, digest_code, find_method
-from swarmchain.spec import CODECS, Outer
+from swarmchain.spec import CODECS, ClippedMean, Outer
 from swarmchain.spool import Spool
 
 SMALL = {"w": (50,)}
@@ -257,6 +259,11 @@ def test_error_feedback_sends_what_was_lost_sooner_or_later() -> None:
 
 
 # -- refusals
+
+
+def test_command_line_offers_what_the_spec_does() -> None:
+    assert set(run.MERGES) == set(METHODS) and run.MERGES[0] == ClippedMean().method
+    assert run.CODECS == CODECS and run.OUTERS == OUTERS == get_args(Outer.model_fields["kind"].annotation)
 
 
 def test_invalid_merge_of_nothing() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swarmchain.data import SiteData
-from swarmchain.model import draw_parameters
+from swarmchain.model import draw_state
 from swarmchain.spec import CellTypeSpec, Limits, Model, Panel, StatisticsRef, Training, constant_layout
 from swarmchain.trainer import Contribution, Resume, TrainingSet, prepare_training, train_round
 
@@ -48,7 +48,7 @@ class Counting:
 
 def train(folder: Path, *, end: int = -1, cells: TrainingSet | None = None, round_id: int = 2) -> Contribution:
     resume = Resume(folder, pause_s=2.0, parent="ab" * 32, clock=Counting(end))
-    return train_round(draw_parameters(SPEC), cells or make_cells(), SPEC, round_id=round_id, site=1, resume=resume)
+    return train_round(draw_state(SPEC), cells or make_cells(), SPEC, round_id=round_id, site=1, resume=resume)
 
 
 def is_equal(a: Contribution, b: Contribution) -> bool:
@@ -57,7 +57,7 @@ def is_equal(a: Contribution, b: Contribution) -> bool:
 
 
 def test_interrupted_training_gives_the_same_bytes(tmp_path: Path) -> None:
-    whole = train_round(draw_parameters(SPEC), make_cells(), SPEC, round_id=2, site=1)
+    whole = train_round(draw_state(SPEC), make_cells(), SPEC, round_id=2, site=1)
     found, killed = None, 0
     while found is None:
         try:

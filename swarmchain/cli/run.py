@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,23 @@ from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
 from swarmchain.protocol import Terms
+
+# what the spec offers, without its libraries: help must come at once
+MERGES = ("clipped_mean", "mean", "coordinate_median", "trimmed_mean", "geometric_median", "multi_krum",
+          "centered_clipping")
+CODECS = ("float32", "float16", "int8")
+OUTERS = ("none", "momentum", "nesterov", "fedadam")
+
+
+def merge_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How contributions travel and become a checkpoint; the finer settings stand in the spec that is written."""
+    for name, choices, words in (("--outer", OUTERS, "Outer optimiser on the merged delta."),
+                                 ("--codec", CODECS, "How contributions are coded."),
+                                 ("--merge", MERGES, "Merge method; docs/merge.md tells what each is for.")):
+        default, kind = choices[0], click.Choice(choices)
+        into = ["method"] if name == "--merge" else []
+        command = click.option(name, *into, type=kind, default=default, show_default=True, help=words)(command)
+    return command
 
 
 @click.group()
@@ -57,12 +75,13 @@ def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness in training.")
 @click.option("--features-at", type=click.IntRange(min=1), default=2, show_default=True,
               help="Panel: features that at least so many sites have.")
+@merge_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
 def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float, seed: int, features_at: int,
-              out: Path) -> None:
+              out: Path, **merging: Any) -> None:
     """A run that trains a cell-type classifier on what a statistics run found."""
     from swarmchain.planning import plan_cell_type, read_statistics
-    from swarmchain.spec import Limits, Training, encode_spec
+    from swarmchain.spec import Limits, Training, encode_spec, parse_merge
     from swarmchain.store import Store
 
     config = load(site_file)
@@ -71,7 +90,8 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
     spec, blob = plan_cell_type(
         read_statistics(store, view), view, name=name, sites_per_feature_min=features_at,
         limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
-        training=Training(seed=seed, steps=steps, lr=lr),
+        training=Training(seed=seed, steps=steps, lr=lr), codec=merging["codec"],
+        merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
     )
     store.put_blob(blob)
     write_file(out, encode_spec(spec))
@@ -86,14 +106,18 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
               show_default=True, help="Width of a layer, from inputs to outputs; repeatable.")
 @click.option("--name", default="rehearsal", show_default=True, help="What the sites call it.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random contributions.")
+@merge_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed: int, out: Path) -> None:
+def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed: int, out: Path, **merging: Any
+              ) -> None:
     """A run without cells, to try chain, store and merge with random numbers of a model's size."""
-    from swarmchain.spec import Limits, RehearsalSpec, encode_spec, parse_spec
+    from swarmchain.spec import Limits, RehearsalSpec, encode_spec, parse_merge, parse_spec
 
     if len(widths) < 2:
         raise ConfigError("a model has at least two widths", hint="--width 2000 --width 10 is the smallest kind")
-    spec = RehearsalSpec(name=name, widths=widths, seed=seed, limits=Limits(rounds=rounds, sites_to_start=sites))
+    spec = RehearsalSpec(name=name, widths=widths, seed=seed, limits=Limits(rounds=rounds, sites_to_start=sites),
+                         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
+                         codec=merging["codec"])
     data = encode_spec(spec)
     parse_spec(data)
     write_file(out, data)
