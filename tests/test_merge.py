@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from merges import OUTERS, SHAPES, draw, make_input, make_inputs, make_settings, merge
 
 from swarmchain import kernels
-from swarmchain.cli import run
+from swarmchain.cli.run import CODECS as OFFERED_CODECS
+from swarmchain.cli.run import MERGES
+from swarmchain.cli.run import OUTERS as OFFERED_OUTERS
 from swarmchain.codec import encode_deltas, read_piece
 from swarmchain.errors import CheckpointError, ConfigError, SpecError
 from swarmchain.merge import build_network, compute_norm, compute_products, compute_weights, merge_deltas
@@ -262,8 +264,8 @@ def test_error_feedback_sends_what_was_lost_sooner_or_later() -> None:
 
 
 def test_command_line_offers_what_the_spec_does() -> None:
-    assert set(run.MERGES) == set(METHODS) and run.MERGES[0] == ClippedMean().method
-    assert run.CODECS == CODECS and run.OUTERS == OUTERS == get_args(Outer.model_fields["kind"].annotation)
+    assert set(MERGES) == set(METHODS) and MERGES[0] == ClippedMean().method
+    assert OFFERED_CODECS == CODECS and OFFERED_OUTERS == OUTERS == get_args(Outer.model_fields["kind"].annotation)
 
 
 def test_invalid_merge_of_nothing() -> None:
