@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 
 from swarmchain.cli import cli
+from swarmchain.cli.agent import WORDS
 from swarmchain.config import read_site_config, render_site_toml
 from swarmchain.devchain import Devchain
 from swarmchain.protocol import compute_digest
@@ -41,6 +42,12 @@ def test_command_reference_is_the_commands_help() -> None:
     command = [sys.executable, ROOT / "docs" / "generate_cli.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_event_has_words_for_a_person() -> None:
+    said = {name for path in ("acts", "agent", "cli/agent") for name in re.findall(
+        r'(?:"event": |say\()"([A-Za-z ]+)"', (ROOT / "swarmchain" / f"{path}.py").read_text())}
+    assert {"trained", "ended", "stalled"} < said <= set(WORDS)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

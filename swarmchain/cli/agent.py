@@ -46,7 +46,8 @@ WORDS = {
     "run": "takes part: {told}",
     "opened": "opened",
     "announced": "announced: wait for this site in the next round",
-    "committed": "committed a contribution from {samples} cells",
+    "trained": "trained on {samples} cells{told}",
+    "committed": "committed to its contribution",
     "too slow": "TOO SLOW: training takes {needs_s:.0f} s, a round waits {window_s:.0f} s",
     "published": "disclosed its contribution",
     "lost": "cannot disclose its contribution: {reason}",
@@ -83,5 +84,7 @@ def _describe_details(event: dict[str, Any]) -> str:
         parts += [f"{name} left out of {n} ({reason})" for name, reasons in event["left_out"].items()
                   for reason, n in reasons.items()]
         return "; ".join(parts)
+    if event["event"] == "trained":
+        return "".join(f", {name} {value:.3f}" for name, value in event["metrics"].items())
     score = event.get("score")
     return "" if score is None else f", validation macro-F1 {score:.3f}"
