@@ -67,6 +67,22 @@ def add_products(lanes: Floats, x: Singles, y: Singles) -> None:
 
 
 @_compile
+def add_all_products(lanes: Floats, rows: npt.NDArray[np.float32]) -> None:
+    """`add_products` for all pairs i ≤ j of the rows, [n, k]; `lanes` is [pairs, L], pair by pair."""
+    width = lanes.shape[1]
+    pair = 0
+    for i in range(rows.shape[0]):
+        for j in range(i, rows.shape[0]):
+            sums = lanes[pair]
+            pair += 1
+            for start in range(0, rows.shape[1], width):
+                a = rows[i, start : start + width]
+                b = rows[j, start : start + width]
+                for k in range(a.size):
+                    sums[k] += np.float64(a[k]) * np.float64(b[k])
+
+
+@_compile
 def pack_keys(keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int32], row: int) -> None:
     """One row of sortable keys: the float32's order above, the contribution's row (below 256) beneath.
 
@@ -119,7 +135,7 @@ def add_middle(sums: Floats, keys: npt.NDArray[np.int64], weights: Floats, half:
             before = passed[j]
             after = before + weights[row[j] & np.int64(255)]
             passed[j] = after
-            if before <= half and after >= half and after > before:
-                b = row[j] >> np.int64(8)
-                total[j] += np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
-                kept[j] += 1.0
+            hit = 1.0 if before <= half and after >= half and after > before else 0.0
+            b = row[j] >> np.int64(8)
+            total[j] += hit * np.float64(np.int32(b ^ ((b >> np.int64(31)) & np.int64(0x7FFFFFFF))).view(np.float32))
+            kept[j] += hit

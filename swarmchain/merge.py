@@ -21,6 +21,7 @@ from swarmchain.codec import list_deltas, read_piece
 from swarmchain.errors import CheckpointError
 from swarmchain.kernels import (
     LANES,
+    add_all_products,
     add_between,
     add_middle,
     add_products,
@@ -39,7 +40,8 @@ Piece = tuple[str, int, int]
 
 # Elements of one contribution that are worked on at a time: of one alone, and where all are held side by side.
 PIECE = 32_768
-PIECE_OF_ALL = 2_048
+# Not a power of two: rows that far apart would fall on the same lines of the cache.
+PIECE_OF_ALL = 2_056
 PRODUCT_LANES = 64
 _SINGLE_MAX = float(np.finfo(np.float32).max)
 
@@ -151,8 +153,7 @@ def compute_products(inputs: Sequence[Input]) -> list[list[float]]:
         lanes = np.zeros((len(pairs), PRODUCT_LANES))
         for start in range(0, inputs[0].tensors[name].size, PIECE_OF_ALL):
             size = _fill(rows, inputs, name, start)
-            for pair, (i, j) in enumerate(pairs):
-                add_products(lanes[pair], rows[i, :size], rows[j, :size])
+            add_all_products(lanes, rows[:, :size])
         for found, lane in zip(partial, lanes.tolist(), strict=True):
             found += lane
     products = [[0.0] * n for _ in range(n)]
@@ -213,7 +214,7 @@ def _pick_each(inputs: Sequence[Input], names: Sequence[str], plan: Plan, pick: 
                ) -> Iterator[tuple[Piece, Floats]]:
     """The weighted median, or the mean of what is not trimmed, of every parameter by itself, piece by piece."""
     n = len(inputs)
-    width = size or max(PIECE_OF_ALL, PIECE // n)
+    width = size or max(PIECE_OF_ALL, PIECE // n + 8)
     network, weights = build_network(n), np.array(plan.weights)
     total = math.fsum(plan.weights)
     rows, keys = np.empty((1, width), np.float32), np.empty((n, width), np.int64)
