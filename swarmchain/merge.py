@@ -42,7 +42,9 @@ Piece = tuple[str, int, int]
 PIECE = 32_768
 # Not a power of two: rows that far apart would fall on the same lines of the cache.
 PIECE_OF_ALL = 2_056
+# A multiple of the lanes, so that an element's lane does not depend on how tensors are cut.
 PRODUCT_LANES = 64
+PIECE_OF_PAIRS = 32 * PRODUCT_LANES
 _SINGLE_MAX = float(np.finfo(np.float32).max)
 
 
@@ -148,10 +150,10 @@ def compute_products(inputs: Sequence[Input]) -> list[list[float]]:
     n = len(inputs)
     pairs = [(i, j) for i in range(n) for j in range(i, n)]
     partial: list[list[float]] = [[] for _ in pairs]
-    rows = np.empty((n, PIECE_OF_ALL), np.float32)
+    rows = np.empty((n, PIECE_OF_PAIRS), np.float32)
     for name in list_deltas(inputs[0].tensors):
         lanes = np.zeros((len(pairs), PRODUCT_LANES))
-        for start in range(0, inputs[0].tensors[name].size, PIECE_OF_ALL):
+        for start in range(0, inputs[0].tensors[name].size, PIECE_OF_PAIRS):
             size = _fill(rows, inputs, name, start)
             add_all_products(lanes, rows[:, :size])
         for found, lane in zip(partial, lanes.tolist(), strict=True):
