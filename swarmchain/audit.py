@@ -246,7 +246,9 @@ class _Replay:
         made: Arrays | None = None
         if manifest is not None and contributions is not None and not self.audit.is_fast and not found.findings:
             made = self._recompute(found, manifest, contributions, key)
-        self.parent = (found.checkpoint, self._read_result(found, made))
+        result = self._read_result(found, made)
+        if not isinstance(self.spec, StatisticsSpec):
+            self.parent = (found.checkpoint, result)
 
     def _compare(self, manifest: Manifest, round_: Round, key: RoundKey) -> Iterator[str]:
         """What a certificate says of its round against what the chain says."""
@@ -287,6 +289,9 @@ class _Replay:
     def _recompute(self, found: RoundAudit, manifest: Manifest, contributions: list[Gathered], key: RoundKey
                    ) -> Arrays | None:
         assert self.spec is not None
+        if not self.parent[1] and not isinstance(self.spec, StatisticsSpec):
+            found.findings.append("the merge cannot be computed: the checkpoint that the round started from is lost")
+            return None
         try:
             made = certify(self.spec, self.parent, (contributions, manifest.excluded), key=key,
                            spec_digest=self.run.spec, rejections=self.rejections)
@@ -310,7 +315,7 @@ class _Replay:
         except (StoreError, CheckpointError) as exc:
             found.findings.append(f"the checkpoint: {exc.message}")
             stored = dict(made or {})
-        return {} if isinstance(self.spec, StatisticsSpec) else stored
+        return stored
 
     def _look(self, site: int, commitment: str, key: RoundKey) -> list[str]:
         """What is to be said of a disclosure that nothing stands on, or that is broken."""

@@ -194,6 +194,16 @@ def test_a_missing_file_is_found_and_named(played: tuple[Play, Record], which: s
     assert found and (which in found[0] or "law" in found[0]) and "not in" in found[0]
 
 
+def test_round_after_one_that_is_lost_says_so(play: Play) -> None:
+    play.finalize(1, play.certify(1, play.contribute(1, (0, 1, 2))))
+    play.finalize(2, play.certify(2, play.contribute(2, (0, 1, 2))))
+    first = play.audit().rounds[0]
+    for name in (first.manifest, first.checkpoint):
+        next((play.folder / "store").rglob(name)).unlink()
+    audit = play.audit()
+    assert [len(r.findings) for r in audit.rounds] == [2, 1] and "started from" in audit.rounds[1].findings[0]
+
+
 def test_checkpoint_that_a_majority_made_up_is_found(play: Play) -> None:
     made = play.certify(1, play.contribute(1, (0, 1, 2)))
     false = bytearray(made.checkpoint)
