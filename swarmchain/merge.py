@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmchain.codec import list_deltas, read_piece
-from swarmchain.errors import CheckpointError
+from swarmchain.errors import CheckpointError, SpecError
 from swarmchain.kernels import (
     LANES,
     add_all_products,
@@ -97,13 +97,14 @@ def merge_deltas(
     CheckpointError
         If there is no input.
     SpecError
-        If the spec names a method that is not installed here.
+        If the spec names a method that is not installed here, or that gives no usable plan.
     """
     ordered = _order(inputs)
     names = list_deltas(ordered[0].tensors)
     geometry = Geometry(compute_weights([item.samples for item in ordered], settings),
                         [item.norm for item in ordered], lambda: compute_products(ordered))
     plan = find_method(settings)(geometry, settings)
+    _require_usable(plan, len(ordered), settings.method)
     for name, tensor in parent.items():
         if name not in names and not name.startswith("outer."):
             np.copyto(into[name], tensor, casting="no")
@@ -305,6 +306,14 @@ def _fill(rows: npt.NDArray[np.float32], inputs: Sequence[Input], name: str, sta
     for row, item in zip(rows, inputs, strict=True):
         row[: stop - start] = read_piece(item.tensors, name, start, stop, scratch=row)
     return int(stop - start)
+
+
+def _require_usable(plan: Plan, count: int, method: str) -> None:
+    """A method of the consortium's own may be wrong; all sites find it so."""
+    numbers = [*plan.weights, *plan.clips]
+    if len(plan.weights) != count or len(plan.clips) != count or not all(map(math.isfinite, numbers)):
+        raise SpecError(f"the merge method {method!r} gave no finite weight and clip factor for each of {count} sites",
+                        hint="a new run needs a spec with another method")
 
 
 def _order(inputs: Sequence[Input]) -> list[Input]:

@@ -281,7 +281,7 @@ def test_invalid_method_that_is_not_installed() -> None:
 def test_custom_method_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ("from swarmchain.methods import Plan\n"
               "def first(geometry, settings):\n"
-              "    n = len(geometry.norms)\n"
+              "    n = len(geometry.norms) + int(settings.settings.get('more', 0))\n"
               "    return Plan([settings.settings['share']] + [0.0] * (n - 1), [1.0] * n)\n")
     (tmp_path / "consortium_merge.py").write_text(source)
     about = tmp_path / "consortium_merge-1.dist-info"
@@ -295,6 +295,9 @@ def test_custom_method_by_entry_point(tmp_path: Path, monkeypatch: pytest.Monkey
     inputs = make_inputs(3, shapes=SMALL)
     _, merged, _ = merge(inputs, choice)
     assert np.array_equal(merged["w"], inputs[0].tensors["w"] * np.float32(0.5))
+    wrong = make_settings("custom", name="first", code=choice.code, settings={"share": 0.5, "more": 1})
+    with pytest.raises(SpecError, match="for each of 3 sites"):
+        merge(inputs, wrong)
     with pytest.raises(SpecError, match="the spec's is"):
         find_method(make_settings("custom", name="first", code="0" * 64))
 
