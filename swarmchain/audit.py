@@ -119,9 +119,11 @@ def read_record(contract: SwarmContract, run: int) -> Record:
     ChainUnreachable
         If no node answers: that says nothing about the run.
     """
-    view, block = contract.view_run(run), contract.node.read_head()
+    # all as of one block: the run may be going on
+    block = contract.node.read_head()
+    view = contract.view_run(run, at=contract.node.read_block_time(block), block=block)
     names = {record.site: record.name for record in contract.get_sites()}
-    events = read_history(contract)
+    events = read_history(contract, to_block=block)
     return Record(view, block, names, contract.key_of, events, rebuild(contract, events))
 
 

@@ -133,10 +133,10 @@ class SwarmContract:
         """Number of runs; they are counted from 1."""
         return int(self._call("runCount"))
 
-    def view_run(self, run: int, *, at: int | None = None) -> RunView:
-        """The run as of `at` (a timestamp), or as of now. Raises `UnknownRun`."""
+    def view_run(self, run: int, *, at: int | None = None, block: int | None = None) -> RunView:
+        """The run as of `at` (a timestamp), or as of now; with `block`, as that block left it. Raises `UnknownRun`."""
         now = self.node.read_time() if at is None else at
-        return _to_view(run, self._call("viewRun", run, now), now)
+        return _to_view(run, self._call("viewRun", run, now, block="latest" if block is None else hex(block)), now)
 
     def get_phase(self, run: int, round_id: int, *, at: int) -> tuple[Phase, Outcome]:
         """Phase and outcome of any round as of `at`."""
@@ -148,12 +148,14 @@ class SwarmContract:
         mask = self._call("acceptingOf", run, bytes.fromhex(checkpoint), bytes.fromhex(manifest))
         return mask_to_sites(int(mask))
 
-    def get_events(self, names: Sequence[str], *, run: int | None = None, from_block: int | None = None) -> list[Event]:
+    def get_events(self, names: Sequence[str], *, run: int | None = None, from_block: int | None = None,
+                   to_block: int | None = None) -> list[Event]:
         """Events of these names, in the chain's order; `run` keeps those of one run.
 
-        They are fetched in pieces of the profile's `logs_span` blocks, from `from_block` or the deployment on.
+        They are fetched in pieces of the profile's `logs_span` blocks, from `from_block` or the deployment on, to
+        `to_block` or the newest.
         """
-        span, head = self.node.profile.logs_span, self.node.read_head()
+        span, head = self.node.profile.logs_span, self.node.read_head() if to_block is None else to_block
         found: list[Event] = []
         for start in range(self.block if from_block is None else from_block, head + 1, span):
             for name in names:
@@ -232,8 +234,9 @@ class SwarmContract:
         arguments = (*key, bytes.fromhex(checkpoint), bytes.fromhex(manifest), accept, score_bps)
         return self._gas(self._transact(signer, "vote", *arguments))
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        return decode_results(name, self.node.call({"to": self.address, "data": encode_call(name, arguments)}))
+    def _call(self, name: str, *arguments: Any, block: str = "latest") -> Any:
+        call = {"to": self.address, "data": encode_call(name, arguments)}
+        return decode_results(name, self.node.call(call, block=block))
 
     def _transact(self, signer: Signer, name: str, *arguments: Any) -> Any:
         call = {"to": self.address, "data": encode_call(name, arguments)}

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmchain.errors import CheckpointError
-from swarmchain.protocol import compute_digest
 from swarmchain.spec import Layout
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -88,11 +87,6 @@ def decode_tensors(data: Buffer, layout: Layout, *, is_finite: bool = True) -> d
         for name, array in tensors.items():
             _require_finite(name, array)
     return tensors
-
-
-def digest_tensors(tensors: Tensors, layout: Layout) -> str:
-    """SHA-256 of the canonical bytes."""
-    return compute_digest(encode_tensors(tensors, layout))
 
 
 def _encode_header(layout: Layout) -> bytes:

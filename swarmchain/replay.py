@@ -21,9 +21,9 @@ CONSEQUENCES = ("SiteAdmitted", "SiteRemoved", "KeyRotated", "ConsortiumRetired"
                 "RoundExpired")
 
 
-def read_history(contract: SwarmContract) -> list[Event]:
+def read_history(contract: SwarmContract, *, to_block: int | None = None) -> list[Event]:
     """All events that say something of members, runs and rounds, in the chain's order."""
-    return contract.get_events((*CONSEQUENCES, *CALLS))
+    return contract.get_events((*CONSEQUENCES, *CALLS), to_block=to_block)
 
 
 def rebuild(contract: SwarmContract, events: Sequence[Event]) -> Replica:

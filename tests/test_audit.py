@@ -194,6 +194,20 @@ def test_a_missing_file_is_found_and_named(played: tuple[Play, Record], which: s
     assert found and (which in found[0] or "law" in found[0]) and "not in" in found[0]
 
 
+def test_run_that_goes_on_is_read_as_of_one_block(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = play.world.contract
+    commitments = play.contribute(1, (0, 1, 2))
+    read = contract.get_sites
+
+    def read_while_another_votes() -> Any:
+        play.finalize(1, play.certify(1, commitments))
+        return read()
+
+    monkeypatch.setattr(contract, "get_sites", read_while_another_votes)
+    record = read_record(contract, play.run)
+    assert audit_run(record, play.store, spool_folder=play.folder).is_sound and not record.view.finalized_round
+
+
 def test_round_after_one_that_is_lost_says_so(play: Play) -> None:
     play.finalize(1, play.certify(1, play.contribute(1, (0, 1, 2))))
     play.finalize(2, play.certify(2, play.contribute(2, (0, 1, 2))))
