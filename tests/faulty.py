@@ -138,6 +138,12 @@ class FaultyStore(Store):
             data = others[0].read_bytes()
         super().put_opening(commitment, data)
 
+    def put_blob(self, data: bytes, *, digest: str = "") -> str:
+        if (self.fault.kind, self.fault.at) == ("STORE_FULL", "vote") and (Path(self._root).parent / "full").exists():
+            # also where another site was faster: it is the write that is to fail
+            self._write(self._blob_path(compute_digest(data)), data)
+        return super().put_blob(data, digest=digest)
+
     def _write_now(self, path: str, data: bytes) -> None:
         at = "vote" if "/blobs/" in path and b"swarmchain-manifest" in data[:4000] else "publish"
         full = Path(self._root).parent / "full"
