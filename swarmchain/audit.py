@@ -18,10 +18,10 @@ from typing import Any
 
 from swarmchain.certify import CODE, NO_PARENT, Arrays, Gathered, certify, gather_one, open_commitment
 from swarmchain.chain import Event, SwarmContract
-from swarmchain.data import compute_standardization
 from swarmchain.errors import (
     BlobMissing,
     CheckpointError,
+    ContractError,
     OpeningError,
     SpecError,
     StoreError,
@@ -33,8 +33,8 @@ from swarmchain.rules import Replica, Round
 from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec, contribution_layout
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
-from swarmchain.tasks import start_parent
-from swarmchain.work import load_statistics_source
+from swarmchain.tasks import check_standardization, start_parent
+from swarmchain.work import check_statistics, load_statistics_source
 
 
 @dataclass
@@ -165,7 +165,7 @@ class _Replay:
     """The steps of one audit; what they find goes into it."""
 
     def __init__(self, record: Record, store: Store, audit: Audit, spool: Spool) -> None:
-        self.store, self.audit, self.spool = store, audit, spool
+        self.store, self.audit, self.spool, self.now = store, audit, spool, record.view.now
         self.run, self.names, self.key_of = record.replica.runs[audit.run - 1], record.names, record.key_of
         self.spec: Spec | None = None
         self.parent: tuple[str, Arrays] = (NO_PARENT, {})
@@ -193,24 +193,19 @@ class _Replay:
                 self._check_statistics(self.spec, seed, replica)
             elif isinstance(self.spec, RehearsalSpec):
                 self.parent = (NO_PARENT, start_parent(self.spec))
-        except (StoreError, SpecError, CheckpointError) as exc:
+        except (StoreError, SpecError, CheckpointError, ContractError) as exc:
             self.audit.findings.append(f"the run's law: {exc.message}")
         return self.spec is not None
 
     def _check_statistics(self, spec: CellTypeSpec, seed: Arrays, replica: Replica) -> None:
         """The statistics that the spec stands on must be on record, and the seed standardise as they say."""
         named = spec.statistics
-        known = replica.runs[named.run - 1] if named.run <= len(replica.runs) else None
-        if known is None or (known.spec, known.checkpoint) != (named.spec, named.checkpoint):
-            self.audit.findings.append(f"the spec stands on other statistics than run {named.run} agreed on")
-            return
+        check_statistics(spec, replica.view_run(named.run, now=self.now))
         self.named |= {named.spec: "the statistics run's spec", named.checkpoint: "the statistics"}
         source = load_statistics_source(self.store, spec)
         sums = read_checkpoint(self.store, named.checkpoint, source)
         self.sound |= {named.spec, named.checkpoint}
-        for name, expected in compute_standardization(sums, source.panel.features, spec.panel).items():
-            if seed[name].tobytes() != expected.tobytes():
-                self.audit.findings.append(f"the seed checkpoint's {name} is not what the statistics give")
+        check_standardization(spec, source, sums, seed)
 
     def check_round(self, number: int, round_: Round, *, outcome: Outcome) -> RoundAudit:
         """One round, after those before it."""
@@ -227,8 +222,7 @@ class _Replay:
         else:
             self.rejections += outcome is Outcome.REJECTED
             for site, commitment in sorted(round_.commitments.items()):
-                for problem in self._look(site, commitment, key):
-                    found.remarks.append(problem)
+                found.remarks += self._look(site, commitment, key)
         return found
 
     def _check_finalized(self, found: RoundAudit, round_: Round, key: RoundKey) -> None:
@@ -284,8 +278,7 @@ class _Replay:
                 self.sound.add(answer.opening.digest)
                 continue
             is_whole = False
-            for problem in self._look(site, commitment, key) or [f"{self._name(site)}'s contribution: {answer}"]:
-                found.findings.append(problem)
+            found.findings += self._look(site, commitment, key) or [f"{self._name(site)}'s contribution: {answer}"]
         return gathered if is_whole else None
 
     def _recompute(self, found: RoundAudit, manifest: Manifest, contributions: list[Gathered], key: RoundKey

@@ -69,17 +69,11 @@ def add_products(lanes: Floats, x: Singles, y: Singles) -> None:
 @_compile
 def add_all_products(lanes: Floats, rows: npt.NDArray[np.float32]) -> None:
     """`add_products` for all pairs i ≤ j of the rows, [n, k]; `lanes` is [pairs, L], pair by pair."""
-    width = lanes.shape[1]
     pair = 0
     for i in range(rows.shape[0]):
         for j in range(i, rows.shape[0]):
-            sums = lanes[pair]
+            add_products(lanes[pair], rows[i], rows[j])
             pair += 1
-            for start in range(0, rows.shape[1], width):
-                a = rows[i, start : start + width]
-                b = rows[j, start : start + width]
-                for k in range(a.size):
-                    sums[k] += np.float64(a[k]) * np.float64(b[k])
 
 
 @_compile

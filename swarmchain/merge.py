@@ -220,14 +220,14 @@ def _pick_each(inputs: Sequence[Input], names: Sequence[str], plan: Plan, pick: 
     width = size or max(PIECE_OF_ALL, PIECE // n + 8)
     network, weights = build_network(n), np.array(plan.weights)
     total = math.fsum(plan.weights)
-    rows, keys = np.empty((1, width), np.float32), np.empty((n, width), np.int64)
+    scratch, keys = np.empty(width, np.float32), np.empty((n, width), np.int64)
     for name in names:
         length = inputs[0].tensors[name].size
         for start in range(0, length, width):
             stop = min(start + width, length)
             found = keys[:, : stop - start]
             for row, item in enumerate(inputs):
-                numbers = read_piece(item.tensors, name, start, stop, scratch=rows[0])
+                numbers = read_piece(item.tensors, name, start, stop, scratch=scratch)
                 pack_keys(found[row], numbers.view(np.int32), row)
             sort_columns(found, network)
             sums = np.zeros((3, stop - start))

@@ -112,7 +112,7 @@ class CellTypeTask:
                  *, folder: Path) -> None:
         import torch
 
-        from swarmchain.data import compute_standardization, load_site_data
+        from swarmchain.data import load_site_data
         from swarmchain.trainer import prepare_training
 
         torch.set_num_threads(config.agent.threads)
@@ -121,13 +121,7 @@ class CellTypeTask:
         self._pause_s = config.agent.resume_s
         self._data = load_site_data(config, spec)
         source_spec, statistics = source
-        constants = compute_standardization(statistics, source_spec.panel.features, spec.panel)
-        for name, expected in constants.items():
-            if seed[name].tobytes() != expected.tobytes():
-                raise SpecError(
-                    f"the seed checkpoint's {name} is not what the statistics run {spec.statistics.run} gives",
-                    hint="do not join this run: whoever proposed it changed the standardisation",
-                )
+        constants = check_standardization(spec, source_spec, statistics, seed)
         rows = [source_spec.labels.index(label) for label in spec.labels]
         self._cells = prepare_training(self._data, spec, constants, statistics["cells_per_label"][rows])
 
@@ -184,6 +178,20 @@ class RehearsalTask:
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
         """There is nothing to judge by."""
         return True, None
+
+
+def check_standardization(spec: CellTypeSpec, source: StatisticsSpec, statistics: Arrays, seed: Arrays) -> Arrays:
+    """Mean and SD of the panel as the statistics give them. Raises `SpecError` if the seed checkpoint has others."""
+    from swarmchain.data import compute_standardization
+
+    constants = compute_standardization(statistics, source.panel.features, spec.panel)
+    for name, expected in constants.items():
+        if seed[name].tobytes() != expected.tobytes():
+            raise SpecError(
+                f"the seed checkpoint's {name} is not what the statistics run {spec.statistics.run} gives",
+                hint="do not join this run: whoever proposed it changed the standardisation",
+            )
+    return constants
 
 
 def start_parent(spec: StatisticsSpec | RehearsalSpec) -> Arrays:

@@ -98,8 +98,8 @@ class RunWork:
         """Bytes of this site's contribution, its number of training cells, and remarks."""
         assignment = Assignment(key, self.site, self.read_parent(view), self._folder, view.finalized_round)
         tensors, samples, metrics = self.task.contribute(assignment)
-        if not isinstance(self.spec, StatisticsSpec):
-            kept = Keeper(self._folder, "residual", parameter_layout(self.spec) if self.spec.codec != "float32" else {})
+        if not isinstance(self.spec, StatisticsSpec) and self.spec.codec != "float32":
+            kept = Keeper(self._folder, "residual", parameter_layout(self.spec))
             tensors, lost = encode_deltas(tensors, self.spec.codec, residual=kept.read(assignment.after))
             kept.write(key.round_id, lost)
         return encode_tensors(tensors, self._layout), samples, metrics
