@@ -43,11 +43,12 @@ from swarmchain.checkpoint import allocate_tensors, decode_tensors
 from swarmchain.config import DataConfig, SiteCard
 from swarmchain.data import compute_statistics, read_cells, select_cells, select_panel, standardize
 from swarmchain.dealing import deal_folder
+from swarmchain.layouts import checkpoint_layout
 from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
 from swarmchain.methods import METHODS
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics
-from swarmchain.spec import CellTypeSpec, Limits, Normalization, Training, checkpoint_layout
+from swarmchain.spec import CellTypeSpec, Limits, Normalization, Training
 from swarmchain.trainer import TrainingSet, prepare_training, train_round
 
 DATA = ("pbmc_multistudy", "cytof_multicenter_small")

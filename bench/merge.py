@@ -27,9 +27,10 @@ import numpy as np
 from tables import replace_table
 
 from swarmchain.checkpoint import allocate_tensors
+from swarmchain.layouts import Layout
 from swarmchain.merge import Input, compute_norm, merge_deltas
 from swarmchain.methods import METHODS
-from swarmchain.spec import Layout, Limits, RehearsalSpec
+from swarmchain.spec import Limits, RehearsalSpec
 from swarmchain.spool import Spool
 
 FILES_BYTES_MAX = 3 << 30

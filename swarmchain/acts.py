@@ -16,6 +16,7 @@ from swarmchain.duties import Duty, Memory
 from swarmchain.errors import JournalError, MergeMismatch, RunFailed, StoreError, SwarmError
 from swarmchain.history import Tally, count, read_rounds
 from swarmchain.journal import Ballot, Pace
+from swarmchain.layouts import checkpoint_layout
 from swarmchain.protocol import (
     BPS,
     Manifest,
@@ -28,7 +29,6 @@ from swarmchain.protocol import (
     encode_canonical,
 )
 from swarmchain.site import Site
-from swarmchain.spec import checkpoint_layout
 from swarmchain.store import Store, read_manifest
 from swarmchain.timing import Clock, Patience
 from swarmchain.work import RunWork

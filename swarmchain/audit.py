@@ -27,10 +27,11 @@ from swarmchain.errors import (
     StoreError,
     SwarmError,
 )
+from swarmchain.layouts import contribution_layout
 from swarmchain.protocol import Manifest, Outcome, RoundKey, RunView
 from swarmchain.replay import read_history, rebuild
 from swarmchain.rules import Replica, Round
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec, contribution_layout
+from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 from swarmchain.tasks import check_standardization, start_parent

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from swarmchain.checkpoint import allocate_tensors, compute_size, decode_tensors
 from swarmchain.errors import BlobMissing, CheckpointError, OpeningError, StoreError
+from swarmchain.layouts import Layout, checkpoint_layout
 from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
 from swarmchain.protocol import (
     Excluded,
@@ -29,7 +30,7 @@ from swarmchain.protocol import (
     encode_canonical,
     parse_opening,
 )
-from swarmchain.spec import Layout, Spec, StatisticsSpec, checkpoint_layout
+from swarmchain.spec import Spec, StatisticsSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmchain.errors import CheckpointError
-from swarmchain.spec import Layout
+from swarmchain.layouts import Layout
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 Buffer = bytes | bytearray | memoryview

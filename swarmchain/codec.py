@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swarmchain.spec import SCALE, Codec
+from swarmchain.layouts import SCALE
+from swarmchain.merging import Codec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Singles = npt.NDArray[np.float32]
@@ -23,7 +24,7 @@ _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def encode_deltas(deltas: Arrays, codec: Codec, *, residual: Arrays | None = None) -> tuple[Arrays, Arrays]:
-    """Coded tensors of `spec.code_layout`, and what they lack of deltas and residual.
+    """Coded tensors of `layouts.code_layout`, and what they lack of deltas and residual.
 
     Parameters
     ----------

@@ -226,7 +226,7 @@ def choose_validation(names: npt.NDArray[np.str_], y: Ints, *, share: float) -> 
 
 
 def compute_statistics(data: SiteData, *, labels: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Sums over this site's training cells; layout: `spec.statistics_layout`. Absent features contribute nothing."""
+    """Sums over this site's training cells; layout: `layouts.statistics_layout`. Absent features contribute nothing."""
     x = data.x[data.train].astype(np.float64)
     present = data.present.astype(np.int64)
     return {

@@ -28,13 +28,14 @@ from swarmchain.consortium import Consortium, start_consortium
 from swarmchain.data import SiteData, load_site_data, read_cells, select_panel, standardize
 from swarmchain.dealing import Dealt, deal_folder, deal_pbmc
 from swarmchain.errors import AuditFailed, ConfigError, SwarmError
+from swarmchain.layouts import checkpoint_layout
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.page import write_audit
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
 from swarmchain.report import Predictions, format_metrics_table, write_report
-from swarmchain.spec import CellTypeSpec, Limits, Model, Training, checkpoint_layout, encode_spec
+from swarmchain.spec import CellTypeSpec, Limits, Model, Training, encode_spec
 from swarmchain.store import read_checkpoint
 from swarmchain.summary import build_rounds, measure_gas, summarize_timing, to_json
 

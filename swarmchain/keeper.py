@@ -15,7 +15,7 @@ import numpy.typing as npt
 from swarmchain.checkpoint import decode_tensors, encode_tensors
 from swarmchain.config import write_file
 from swarmchain.errors import CheckpointError
-from swarmchain.spec import Layout
+from swarmchain.layouts import Layout
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 

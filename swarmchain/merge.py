@@ -31,8 +31,9 @@ from swarmchain.kernels import (
     pack_keys,
     sort_columns,
 )
+from swarmchain.layouts import is_statistic
+from swarmchain.merging import Merge, Outer
 from swarmchain.methods import Geometry, Pick, Plan, find_method
-from swarmchain.spec import Merge, Outer, is_statistic
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float64]
@@ -256,7 +257,7 @@ def build_network(n: int) -> npt.NDArray[np.int64]:
 
 
 def _step(parent: Arrays, into: Arrays, where: Piece, delta: Floats, *, outer: Outer, scale: float) -> None:
-    """Move one piece of a parameter, and what the outer optimiser remembers of it. See `spec.Outer`."""
+    """Move one piece of a parameter, and what the outer optimiser remembers of it. See `merging.Outer`."""
     name, start, stop = where
 
     def read(key: str) -> Floats:

@@ -21,8 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from swarmchain.errors import SpecError
+from swarmchain.merging import (
+    CenteredClipping,
+    ClippedMean,
+    CustomMerge,
+    GeometricMedian,
+    Merge,
+    MultiKrum,
+    TrimmedMean,
+)
 from swarmchain.protocol import compute_digest
-from swarmchain.spec import CenteredClipping, ClippedMean, CustomMerge, GeometricMedian, Merge, MultiKrum, TrimmedMean
 
 GROUP = "swarmchain.merge_methods"
 SMOOTHING = 1e-6
@@ -95,28 +103,28 @@ Method = Callable[[Geometry, Any], Plan]
 
 
 def plan_mean(geometry: Geometry, settings: Any) -> Plan:
-    """See `spec.Mean`."""
+    """See `merging.Mean`."""
     return Plan(geometry.weights, _ones(geometry))
 
 
 def plan_clipped_mean(geometry: Geometry, settings: ClippedMean) -> Plan:
-    """See `spec.ClippedMean`."""
+    """See `merging.ClippedMean`."""
     bound = settings.clip_factor * geometry.median_norm
     return Plan(geometry.weights, [_clip(norm, bound) for norm in geometry.norms], bound)
 
 
 def plan_coordinate_median(geometry: Geometry, settings: Any) -> Plan:
-    """See `spec.CoordinateMedian`."""
+    """See `merging.CoordinateMedian`."""
     return Plan(geometry.weights, _ones(geometry), pick=Pick())
 
 
 def plan_trimmed_mean(geometry: Geometry, settings: TrimmedMean) -> Plan:
-    """See `spec.TrimmedMean`."""
+    """See `merging.TrimmedMean`."""
     return Plan(geometry.weights, _ones(geometry), pick=Pick(settings.trim, 1.0 - settings.trim))
 
 
 def plan_geometric_median(geometry: Geometry, settings: GeometricMedian) -> Plan:
-    """See `spec.GeometricMedian`; distances below a millionth of the median norm count as that.
+    """See `merging.GeometricMedian`; distances below a millionth of the median norm count as that.
 
     The first point is the mean of the deltas clipped to the median norm: from the plain mean, a hostile delta 10³⁰ long
     would take some fifty steps to get away from.
@@ -133,7 +141,7 @@ def plan_geometric_median(geometry: Geometry, settings: GeometricMedian) -> Plan
 
 
 def plan_multi_krum(geometry: Geometry, settings: MultiKrum) -> Plan:
-    """See `spec.MultiKrum`.
+    """See `merging.MultiKrum`.
 
     A contribution's score is the sum of its squared distances to its n - hostile_max - 2 nearest (at least one). With
     no more contributions than hostile ones expected, the best one is all that counts.
@@ -151,7 +159,7 @@ def plan_multi_krum(geometry: Geometry, settings: MultiKrum) -> Plan:
 
 
 def plan_centered_clipping(geometry: Geometry, settings: CenteredClipping) -> Plan:
-    """See `spec.CenteredClipping`; the first centre is the parent, that is a delta of zero."""
+    """See `merging.CenteredClipping`; the first centre is the parent, that is a delta of zero."""
     bound = settings.clip_factor * geometry.median_norm
     mix = [0.0] * len(geometry.norms)
     for _ in range(settings.iterations):
@@ -196,7 +204,7 @@ def find_method(settings: Merge) -> Method:
 
 
 def digest_code(method: Method) -> str:
-    """SHA-256 of the source file that defines a method, for `spec.CustomMerge`. Raises `SpecError` without a file."""
+    """SHA-256 of a method's source file, for `merging.CustomMerge`. Raises `SpecError` without a file."""
     try:
         return compute_digest(Path(inspect.getsourcefile(method) or "").read_bytes())
     except (OSError, TypeError) as exc:

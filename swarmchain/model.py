@@ -1,7 +1,7 @@
 """The network: a perceptron from a panel of features to cell types.
 
 Legend: N cells, F features of the panel, H hidden units, C labels. Parameters and buffers carry
-the names of `spec.state_layout`: `layers.<i>.weight` [out, in], `layers.<i>.bias` [out], `norms.<i>.…` [out].
+the names of `layouts.state_layout`: `layers.<i>.weight` [out, in], `layers.<i>.bias` [out], `norms.<i>.…` [out].
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from swarmchain.layouts import state_layout
 from swarmchain.protocol import derive_seed
-from swarmchain.spec import CellTypeSpec, state_layout
+from swarmchain.spec import CellTypeSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 

@@ -15,22 +15,20 @@ from swarmchain.checkpoint import encode_tensors
 from swarmchain.config import SiteCard
 from swarmchain.data import compute_standardization
 from swarmchain.errors import SpecError
+from swarmchain.layouts import checkpoint_layout
+from swarmchain.merging import ClippedMean, Codec, Merge
 from swarmchain.model import draw_state
 from swarmchain.protocol import RunView, compute_digest
 from swarmchain.spec import (
     CellTypeSpec,
-    ClippedMean,
-    Codec,
     Gate,
     Limits,
-    Merge,
     Model,
     Normalization,
     Panel,
     StatisticsRef,
     StatisticsSpec,
     Training,
-    checkpoint_layout,
 )
 from swarmchain.store import Store, read_checkpoint, read_spec
 

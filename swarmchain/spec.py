@@ -11,27 +11,19 @@ What a spec does not hold: anything about one site (that is `config`), and the w
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from swarmchain.errors import SpecError
+from swarmchain.merging import ClippedMean, Codec, Merge, Name, Positive
 from swarmchain.protocol import Digest, Strict, compute_digest, encode_canonical, first_problem
 
 SPEC_BYTES_MAX = 16 << 20
 FEATURES_MAX = 200_000
 CLASSES_MAX = 1_000
-SCALE = ":scale"
-STATISTICS = ("running_mean", "running_var")
 
-Name = Annotated[str, Field(min_length=1, max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-# numpy's names; a layout says which tensors a blob holds, in canonical (sorted) order
-Layout = Mapping[str, tuple[Literal["float32", "float64", "int64", "float16", "int8"], tuple[int, ...]]]
 
 
 class Panel(Strict):
@@ -102,104 +94,6 @@ class Training(Strict):
     class_balance: Literal["none", "inverse_sqrt"] = "inverse_sqrt"
 
 
-class Outer(Strict):
-    """What is done with the merged delta d, before it is added to the parent.
-
-    none
-        `lr` · d.
-    momentum, nesterov
-        m ← `momentum` · m + d, then `lr` · m, or `lr` · (d + `momentum` · m) (Sutskever et al. 2013; as DiLoCo's outer
-        step, Douillard et al. 2023).
-    fedadam
-        m ← `momentum` · m + (1 - `momentum`) · d, v ← `decay` · v + (1 - `decay`) · d², then
-        `lr` · m / (√v + `epsilon`) (Reddi et al. 2021, algorithm 2).
-
-    m and v start at zero and travel in the checkpoint.
-    """
-
-    kind: Literal["none", "momentum", "nesterov", "fedadam"] = "none"
-    lr: Positive = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    epsilon: Positive = 1e-3
-
-
-class _Merge(Strict):
-    """What all merge methods have: shares proportional to `weighting`, none above `weight_max` where that can be."""
-
-    weighting: Literal["samples", "sqrt_samples", "equal"] = "sqrt_samples"
-    weight_max: Annotated[float, Field(gt=0, le=1)] = 0.3
-    outer: Outer = Outer()
-
-
-class ClippedMean(_Merge):
-    """Weighted mean of deltas that are scaled down to at most `clip_factor` times the median norm."""
-
-    method: Literal["clipped_mean"] = "clipped_mean"
-    clip_factor: Positive = 1.0
-
-
-class Mean(_Merge):
-    """Weighted mean; one hostile site moves it as far as it likes."""
-
-    method: Literal["mean"] = "mean"
-
-
-class CoordinateMedian(_Merge):
-    """Weighted median of every parameter by itself (Yin et al. 2018)."""
-
-    method: Literal["coordinate_median"] = "coordinate_median"
-
-
-class TrimmedMean(_Merge):
-    """Weighted mean of every parameter by itself, without the `trim` of all weight at either end (Yin et al. 2018)."""
-
-    method: Literal["trimmed_mean"] = "trimmed_mean"
-    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
-
-
-class GeometricMedian(_Merge):
-    """Point of the least weighted sum of distances: Weiszfeld's steps, smoothed (Pillutla et al. 2022)."""
-
-    method: Literal["geometric_median"] = "geometric_median"
-    iterations: Annotated[int, Field(ge=1, le=100)] = 8
-
-
-class MultiKrum(_Merge):
-    """Weighted mean of all but the `hostile_max` deltas farthest from their neighbours (Blanchard et al. 2017)."""
-
-    method: Literal["multi_krum"] = "multi_krum"
-    hostile_max: Annotated[int, Field(ge=0, le=127)] = 1
-
-
-class CenteredClipping(_Merge):
-    """Steps towards the deltas, none longer than `clip_factor` times the median norm (Karimireddy et al. 2021)."""
-
-    method: Literal["centered_clipping"] = "centered_clipping"
-    clip_factor: Positive = 1.0
-    iterations: Annotated[int, Field(ge=1, le=100)] = 3
-
-
-class CustomMerge(_Merge):
-    """A method of the consortium's own, from the entry point `name` in the group `swarmchain.merge_methods`.
-
-    `code` is the SHA-256 of the source file that defines it: every site must have installed the same.
-    """
-
-    method: Literal["custom"] = "custom"
-    name: Name
-    code: Digest
-    settings: dict[str, float] = {}
-
-
-Merge = Annotated[
-    ClippedMean | Mean | CoordinateMedian | TrimmedMean | GeometricMedian | MultiKrum | CenteredClipping | CustomMerge,
-    Field(discriminator="method"),
-]
-Codec = Literal["float32", "float16", "int8"]
-CODECS: tuple[Codec, ...] = get_args(Codec)
-
-
 class Gate(Strict):
     """A site accepts a checkpoint unless its macro-F1 on the site's validation cells falls by more than this."""
 
@@ -239,17 +133,22 @@ class StatisticsSpec(_CellSpec):
     task: Literal["statistics"] = "statistics"
 
 
-class CellTypeSpec(_CellSpec):
-    """A cell-type classifier."""
+class _TrainedSpec(_CellSpec):
+    """What all tasks have that train a network on a panel, standardised by a statistics run."""
 
-    task: Literal["cell_type"] = "cell_type"
-    model: Model = Model()
     training: Training = Training()
     merge: Merge = ClippedMean()
     codec: Codec = "float32"
     gate: Gate = Gate()
     statistics: StatisticsRef
     seed_checkpoint: Digest
+
+
+class CellTypeSpec(_TrainedSpec):
+    """A cell-type classifier."""
+
+    task: Literal["cell_type"] = "cell_type"
+    model: Model = Model()
 
 
 class RehearsalSpec(_Spec):
@@ -264,7 +163,6 @@ class RehearsalSpec(_Spec):
 
 CellSpec = StatisticsSpec | CellTypeSpec
 Spec = CellSpec | RehearsalSpec
-_MERGES: TypeAdapter[Merge] = TypeAdapter(Merge)
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
 
 
@@ -286,14 +184,6 @@ def parse_spec(data: bytes) -> Spec:
         ) from exc
 
 
-def parse_merge(settings: Mapping[str, Any]) -> Merge:
-    """Merge settings from plain values. Raises `SpecError`."""
-    try:
-        return _MERGES.validate_json(encode_canonical(dict(settings)))
-    except ValidationError as exc:
-        raise SpecError(f"merge: {first_problem(exc)}") from exc
-
-
 def encode_spec(spec: Spec) -> bytes:
     """Canonical bytes of a spec; its digest is what stands on chain."""
     return encode_canonical(spec)
@@ -302,98 +192,3 @@ def encode_spec(spec: Spec) -> bytes:
 def compute_spec_digest(spec: Spec) -> str:
     """SHA-256 of the canonical spec."""
     return compute_digest(encode_spec(spec))
-
-
-def statistics_layout(features: int, labels: int) -> Layout:
-    """Tensors of a statistics contribution and checkpoint; sums are over training cells."""
-    return {
-        "cells_per_feature": ("int64", (features,)),
-        "cells_per_label": ("int64", (labels,)),
-        "sites_per_feature": ("int64", (features,)),
-        "sum": ("float64", (features,)),
-        "sum_of_squares": ("float64", (features,)),
-    }
-
-
-def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
-    """Tensors of the network: parameters and buffers.
-
-    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
-    batch normalisation after layer i, [out] each.
-    """
-    if isinstance(spec, RehearsalSpec):
-        widths = list(spec.widths)
-    else:
-        widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
-    layout: dict[str, Any] = {}
-    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-        layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
-        layout[f"layers.{i}.bias"] = ("float32", (width_out,))
-    if isinstance(spec, CellTypeSpec) and spec.model.batch_norm:
-        for i, width in enumerate(spec.model.hidden):
-            layout |= {f"norms.{i}.{name}": ("float32", (width,)) for name in ("weight", "bias", *STATISTICS)}
-            layout[f"norms.{i}.num_batches_tracked"] = ("int64", ())
-    return dict(sorted(layout.items()))
-
-
-def local_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
-    """Tensors of the network that every site keeps to itself."""
-    if isinstance(spec, RehearsalSpec):
-        return {}
-    prefixes = {"norms": "norms.", "head": f"layers.{len(spec.model.hidden)}."}
-    kept = tuple(prefixes[part] for part in spec.model.local)
-    return {name: entry for name, entry in state_layout(spec).items() if kept and name.startswith(kept)}
-
-
-def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
-    """Tensors that a contribution holds the deltas of, and a merge moves.
-
-    Those are all floating-point tensors of the network that are not local. Batch normalisation's running means and
-    variances are among them: they are merged as parameters are, but no outer optimiser moves them, and a variance does
-    not fall below 0. Integer buffers (counters) are not: checkpoints carry the seed checkpoint's.
-    """
-    local = local_layout(spec)
-    return {name: entry for name, entry in state_layout(spec).items() if entry[0] == "float32" and name not in local}
-
-
-def constant_layout(spec: CellTypeSpec) -> Layout:
-    """Tensors that every checkpoint of a run carries unchanged: the panel's federated mean and SD."""
-    features = len(spec.panel.features)
-    return {"standardize.mean": ("float32", (features,)), "standardize.scale": ("float32", (features,))}
-
-
-def contribution_layout(spec: Spec) -> Layout:
-    """Tensors of one site's contribution; with the codec `int8`, `<name>:scale` is what a unit stands for."""
-    if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
-    return code_layout(parameter_layout(spec), spec.codec)
-
-
-def code_layout(layout: Layout, codec: Codec) -> Layout:
-    """The layout of float32 deltas once they are coded."""
-    coded: dict[str, Any] = {name: (codec, shape) for name, (_, shape) in layout.items()}
-    if codec == "int8":
-        coded |= {f"{name}{SCALE}": ("float32", ()) for name in layout}
-    return dict(sorted(coded.items()))
-
-
-def outer_layout(parameters: Layout, merge: Merge) -> Layout:
-    """Tensors that the outer optimiser remembers from round to round."""
-    moments = {"none": (), "momentum": ("m",), "nesterov": ("m",), "fedadam": ("m", "v")}[merge.outer.kind]
-    return {f"outer.{moment}.{name}": entry for moment in moments for name, entry in parameters.items()
-            if not is_statistic(name)}
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is batch normalisation's running mean or variance."""
-    return name.endswith(STATISTICS)
-
-
-def checkpoint_layout(spec: Spec) -> Layout:
-    """Tensors of the run's checkpoints."""
-    if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
-    layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
-    if isinstance(spec, CellTypeSpec):
-        layout |= constant_layout(spec)
-    return dict(sorted(layout.items()))

@@ -23,8 +23,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from swarmchain.checkpoint import Buffer, compute_size, decode_tensors
 from swarmchain.errors import BlobMissing, CheckpointError, StoreError, StoreFull, StoreUnreachable
+from swarmchain.layouts import checkpoint_layout
 from swarmchain.protocol import MANIFEST_BYTES_MAX, OPENING_BYTES_MAX, Manifest, compute_digest, parse_manifest
-from swarmchain.spec import SPEC_BYTES_MAX, Spec, checkpoint_layout, parse_spec
+from swarmchain.spec import SPEC_BYTES_MAX, Spec, parse_spec
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 # What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.

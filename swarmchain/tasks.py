@@ -18,15 +18,9 @@ import numpy.typing as npt
 from swarmchain.config import SiteConfig
 from swarmchain.errors import SpecError
 from swarmchain.keeper import Keeper
+from swarmchain.layouts import checkpoint_layout, local_layout, parameter_layout
 from swarmchain.protocol import RoundKey, derive_seed
-from swarmchain.spec import (
-    CellTypeSpec,
-    RehearsalSpec,
-    StatisticsSpec,
-    checkpoint_layout,
-    local_layout,
-    parameter_layout,
-)
+from swarmchain.spec import CellTypeSpec, RehearsalSpec, StatisticsSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Judgement = tuple[bool, float | None]

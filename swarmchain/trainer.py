@@ -26,10 +26,11 @@ from torch import nn
 
 from swarmchain.config import write_file
 from swarmchain.data import SiteData, standardize
+from swarmchain.layouts import local_layout, parameter_layout
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.model import build_model, load_state, predict_probabilities, read_state
 from swarmchain.protocol import derive_seed
-from swarmchain.spec import CellTypeSpec, compute_spec_digest, local_layout, parameter_layout
+from swarmchain.spec import CellTypeSpec, compute_spec_digest
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -106,9 +107,9 @@ class Resume:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one round of local training gives: deltas of `spec.parameter_layout`, the number of training cells, remarks.
+    """What one round of training gives: deltas of `layouts.parameter_layout`, the number of training cells, remarks.
 
-    `local` holds the tensors of `spec.local_layout` as they are after it.
+    `local` holds the tensors of `layouts.local_layout` as they are after it.
     """
 
     deltas: dict[str, npt.NDArray[np.float32]]
@@ -153,7 +154,7 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
     Parameters
     ----------
     parent
-        The network by name, see `spec.state_layout`: the checkpoint, but with this site's own local tensors.
+        The network by name, see `layouts.state_layout`: the checkpoint, but with this site's own local tensors.
     resume
         Where progress is written and looked for. The result is the same with and without.
     """

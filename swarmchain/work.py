@@ -13,16 +13,10 @@ from swarmchain.codec import encode_deltas
 from swarmchain.config import SiteConfig
 from swarmchain.errors import SpecError, SwarmError
 from swarmchain.keeper import Keeper
+from swarmchain.layouts import contribution_layout, parameter_layout
 from swarmchain.methods import find_method
 from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
-from swarmchain.spec import (
-    CellTypeSpec,
-    RehearsalSpec,
-    Spec,
-    StatisticsSpec,
-    contribution_layout,
-    parameter_layout,
-)
+from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 from swarmchain.tasks import Assignment, CellTypeTask, RehearsalTask, StatisticsTask, Task, start_parent

@@ -29,10 +29,10 @@ from swarmchain.cli.common import stop_on_signals, unlock
 from swarmchain.config import read_site_config
 from swarmchain.errors import SwarmError
 from swarmchain.journal import Ballot, Journal, Promised
+from swarmchain.layouts import contribution_layout
 from swarmchain.outbox import Outbox
 from swarmchain.protocol import Opening, Phase, RoundKey, RunView, compute_digest, encode_canonical, parse_opening
 from swarmchain.site import Site, open_contract
-from swarmchain.spec import contribution_layout
 from swarmchain.store import Store
 from swarmchain.tasks import Arrays, Assignment
 from swarmchain.work import RunWork

@@ -13,10 +13,12 @@ import numpy as np
 
 from swarmchain.checkpoint import allocate_tensors
 from swarmchain.codec import encode_deltas
+from swarmchain.layouts import Layout, outer_layout
 from swarmchain.merge import Input, compute_norm, merge_deltas
+from swarmchain.merging import CODECS, Codec, Merge, Outer
 from swarmchain.methods import METHODS
 from swarmchain.protocol import compute_digest
-from swarmchain.spec import CODECS, Codec, Layout, Merge, Outer, RehearsalSpec, outer_layout
+from swarmchain.spec import RehearsalSpec
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (257, 129), "b": (7,), "c": (70_001,)}
 PARAMETERS: Layout = {name: ("float32", shape) for name, shape in SHAPES.items()}

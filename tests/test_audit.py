@@ -23,9 +23,10 @@ from swarmchain.checkpoint import encode_tensors
 from swarmchain.codec import encode_deltas
 from swarmchain.devchain import Devchain
 from swarmchain.errors import ReplayError
+from swarmchain.layouts import contribution_layout, parameter_layout
 from swarmchain.protocol import Excluded, Opening, Phase, Terms, compute_commitment, compute_digest, encode_canonical
 from swarmchain.replay import read_history, rebuild
-from swarmchain.spec import Limits, RehearsalSpec, contribution_layout, encode_spec, parameter_layout
+from swarmchain.spec import Limits, RehearsalSpec, encode_spec
 from swarmchain.spool import Spool
 from swarmchain.store import Store
 from swarmchain.tasks import start_parent

@@ -17,6 +17,8 @@ from swarmchain.certify import Gathered, certify, gather_one
 from swarmchain.checkpoint import allocate_tensors, decode_tensors, encode_tensors
 from swarmchain.codec import encode_deltas
 from swarmchain.errors import CheckpointError, OpeningError
+from swarmchain.layouts import Layout, contribution_layout, parameter_layout
+from swarmchain.merging import CODECS
 from swarmchain.protocol import (
     Excluded,
     Manifest,
@@ -28,7 +30,7 @@ from swarmchain.protocol import (
     parse_manifest,
     parse_opening,
 )
-from swarmchain.spec import CODECS, Layout, Limits, RehearsalSpec, contribution_layout, parameter_layout
+from swarmchain.spec import Limits, RehearsalSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store
 

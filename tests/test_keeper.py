@@ -15,21 +15,13 @@ from swarmchain.audit import audit_run, read_record
 from swarmchain.checkpoint import allocate_tensors
 from swarmchain.consortium import start_consortium
 from swarmchain.keeper import KEPT, Keeper
+from swarmchain.layouts import Layout, checkpoint_layout, contribution_layout, local_layout
 from swarmchain.merge import merge_deltas
+from swarmchain.merging import Outer
 from swarmchain.model import draw_state
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.protocol import Outcome, Terms
-from swarmchain.spec import (
-    CellTypeSpec,
-    Layout,
-    Limits,
-    Model,
-    Outer,
-    Training,
-    checkpoint_layout,
-    contribution_layout,
-    local_layout,
-)
+from swarmchain.spec import CellTypeSpec, Limits, Model, Training
 from swarmchain.trainer import train_round
 
 LAYOUT: Layout = {"w": ("float32", (2,))}

@@ -26,8 +26,8 @@ from swarmchain.cli.run import OUTERS as OFFERED_OUTERS
 from swarmchain.codec import encode_deltas, read_piece
 from swarmchain.errors import CheckpointError, ConfigError, SpecError
 from swarmchain.merge import build_network, compute_norm, compute_products, compute_weights, merge_deltas
+from swarmchain.merging import CODECS, ClippedMean, Outer
 from swarmchain.methods import METHODS, Geometry, Plan, digest_code, find_method
-from swarmchain.spec import CODECS, ClippedMean, Outer
 from swarmchain.spool import Spool
 
 SMALL = {"w": (50,)}

@@ -80,8 +80,9 @@ def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
 def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float, seed: int, features_at: int,
               out: Path, **merging: Any) -> None:
     """A run that trains a cell-type classifier on what a statistics run found."""
+    from swarmchain.merging import parse_merge
     from swarmchain.planning import plan_cell_type, read_statistics
-    from swarmchain.spec import Limits, Training, encode_spec, parse_merge
+    from swarmchain.spec import Limits, Training, encode_spec
     from swarmchain.store import Store
 
     config = load(site_file)
@@ -111,7 +112,8 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
 def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed: int, out: Path, **merging: Any
               ) -> None:
     """A run without cells, to try chain, store and merge with random numbers of a model's size."""
-    from swarmchain.spec import Limits, RehearsalSpec, encode_spec, parse_merge, parse_spec
+    from swarmchain.merging import parse_merge
+    from swarmchain.spec import Limits, RehearsalSpec, encode_spec, parse_spec
 
     if len(widths) < 2:
         raise ConfigError("a model has at least two widths", hint="--width 2000 --width 10 is the smallest kind")
@@ -210,8 +212,9 @@ def list_runs(site_file: Path, as_json: bool) -> None:
 def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
     """Write a run's final checkpoint, spec and manifest: the model, and the certificate of how it came about."""
     from swarmchain.checkpoint import compute_size
+    from swarmchain.layouts import checkpoint_layout
     from swarmchain.protocol import MANIFEST_BYTES_MAX
-    from swarmchain.spec import checkpoint_layout, encode_spec
+    from swarmchain.spec import encode_spec
     from swarmchain.store import Store, read_spec
 
     config = load(site_file)

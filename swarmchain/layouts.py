@@ -1,0 +1,111 @@
+"""From a run's law to the tensors of its blobs: names, dtypes and shapes, in canonical (sorted) order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from swarmchain.merging import Codec, Merge
+from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
+
+SCALE = ":scale"
+STATISTICS = ("running_mean", "running_var")
+
+# numpy's names
+Layout = Mapping[str, tuple[Literal["float32", "float64", "int64", "float16", "int8"], tuple[int, ...]]]
+
+
+def statistics_layout(features: int, labels: int) -> Layout:
+    """Tensors of a statistics contribution and checkpoint; sums are over training cells."""
+    return {
+        "cells_per_feature": ("int64", (features,)),
+        "cells_per_label": ("int64", (labels,)),
+        "sites_per_feature": ("int64", (features,)),
+        "sum": ("float64", (features,)),
+        "sum_of_squares": ("float64", (features,)),
+    }
+
+
+def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+    """Tensors of the network: parameters and buffers.
+
+    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
+    batch normalisation after layer i, [out] each.
+    """
+    if isinstance(spec, RehearsalSpec):
+        widths = list(spec.widths)
+    else:
+        widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
+    layout: dict[str, Any] = {}
+    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
+        layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
+        layout[f"layers.{i}.bias"] = ("float32", (width_out,))
+    if isinstance(spec, CellTypeSpec) and spec.model.batch_norm:
+        for i, width in enumerate(spec.model.hidden):
+            layout |= {f"norms.{i}.{name}": ("float32", (width,)) for name in ("weight", "bias", *STATISTICS)}
+            layout[f"norms.{i}.num_batches_tracked"] = ("int64", ())
+    return dict(sorted(layout.items()))
+
+
+def local_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+    """Tensors of the network that every site keeps to itself."""
+    if isinstance(spec, RehearsalSpec):
+        return {}
+    prefixes = {"norms": "norms.", "head": f"layers.{len(spec.model.hidden)}."}
+    kept = tuple(prefixes[part] for part in spec.model.local)
+    return {name: entry for name, entry in state_layout(spec).items() if kept and name.startswith(kept)}
+
+
+def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+    """Tensors that a contribution holds the deltas of, and a merge moves.
+
+    Those are all floating-point tensors of the network that are not local. Batch normalisation's running means and
+    variances are among them: they are merged as parameters are, but no outer optimiser moves them, and a variance does
+    not fall below 0. Integer buffers (counters) are not: checkpoints carry the seed checkpoint's.
+    """
+    local = local_layout(spec)
+    return {name: entry for name, entry in state_layout(spec).items() if entry[0] == "float32" and name not in local}
+
+
+def constant_layout(spec: CellTypeSpec) -> Layout:
+    """Tensors that every checkpoint of a run carries unchanged: the panel's federated mean and SD."""
+    features = len(spec.panel.features)
+    return {"standardize.mean": ("float32", (features,)), "standardize.scale": ("float32", (features,))}
+
+
+def contribution_layout(spec: Spec) -> Layout:
+    """Tensors of one site's contribution; with the codec `int8`, `<name>:scale` is what a unit stands for."""
+    if isinstance(spec, StatisticsSpec):
+        return statistics_layout(len(spec.panel.features), len(spec.labels))
+    return code_layout(parameter_layout(spec), spec.codec)
+
+
+def code_layout(layout: Layout, codec: Codec) -> Layout:
+    """The layout of float32 deltas once they are coded."""
+    coded: dict[str, Any] = {name: (codec, shape) for name, (_, shape) in layout.items()}
+    if codec == "int8":
+        coded |= {f"{name}{SCALE}": ("float32", ()) for name in layout}
+    return dict(sorted(coded.items()))
+
+
+def outer_layout(parameters: Layout, merge: Merge) -> Layout:
+    """Tensors that the outer optimiser remembers from round to round."""
+    moments = {"none": (), "momentum": ("m",), "nesterov": ("m",), "fedadam": ("m", "v")}[merge.outer.kind]
+    return {f"outer.{moment}.{name}": entry for moment in moments for name, entry in parameters.items()
+            if not is_statistic(name)}
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is batch normalisation's running mean or variance."""
+    return name.endswith(STATISTICS)
+
+
+def checkpoint_layout(spec: Spec) -> Layout:
+    """Tensors of the run's checkpoints."""
+    if isinstance(spec, StatisticsSpec):
+        return statistics_layout(len(spec.panel.features), len(spec.labels))
+    layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
+    if isinstance(spec, CellTypeSpec):
+        layout |= constant_layout(spec)
+    return dict(sorted(layout.items()))
