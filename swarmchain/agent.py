@@ -8,7 +8,7 @@ store that does not answer, takes nothing in, or is full, is waited for, however
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from swarmchain.acts import Following, Log, act
@@ -27,6 +27,7 @@ from swarmchain.errors import (
 from swarmchain.protocol import Phase, Reason, RunView
 from swarmchain.site import Site
 from swarmchain.store import Store, read_manifest
+from swarmchain.tasks import Task
 from swarmchain.timing import Clock, Patience, sleep
 from swarmchain.work import RunWork
 
@@ -55,13 +56,17 @@ class Agent:
         Receives every event as a dictionary with `event` and what belongs to it.
     now
         Seconds since 1970, to tell the age of the newest block; nothing is decided by it.
+    tasks
+        By run: what computes for it, where that is a program of the site's own.
     """
 
-    def __init__(self, site: Site, store: Store, *, log: Log, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, site: Site, store: Store, *, log: Log, now: Callable[[], float] = time.time,
+                 tasks: Mapping[int, Task] | None = None) -> None:
         self.site = site
         self.store = store
         self.log = log
         self._now = now
+        self._tasks = tasks or {}
         self._following: dict[int, Following] = {}
         self._not_ours: dict[int, int] = {}
         self._ended: dict[int, SwarmError | None] = {}
@@ -173,7 +178,8 @@ class Agent:
 
     def _follow(self, view: RunView) -> Following:
         contract = self.site.contract
-        work = RunWork(self.site.config, self.store, view, site=self.site.index, view_run=contract.view_run)
+        work = RunWork(self.site.config, self.store, view, site=self.site.index, view_run=contract.view_run,
+                       task=self._tasks.get(view.run))
         self.log({"event": "run", "run": view.run, "spec": view.spec, **work.task.describe()})
         return Following(work, view, contract.key_of, self._recall(view))
 

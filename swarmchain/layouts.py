@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from swarmchain.merging import Codec, Merge
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
+from swarmchain.spec import CellTypeSpec, CustomSpec, RehearsalSpec, Spec, StatisticsSpec
 
 SCALE = ":scale"
 STATISTICS = ("running_mean", "running_var")
@@ -27,12 +27,14 @@ def statistics_layout(features: int, labels: int) -> Layout:
     }
 
 
-def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+def state_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
     """Tensors of the network: parameters and buffers.
 
     `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
     batch normalisation after layer i, [out] each.
     """
+    if isinstance(spec, CustomSpec):
+        return {tensor.name: (tensor.dtype, tensor.shape) for tensor in spec.tensors}
     if isinstance(spec, RehearsalSpec):
         widths = list(spec.widths)
     else:
@@ -48,16 +50,18 @@ def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
     return dict(sorted(layout.items()))
 
 
-def local_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+def local_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
     """Tensors of the network that every site keeps to itself."""
     if isinstance(spec, RehearsalSpec):
         return {}
+    if isinstance(spec, CustomSpec):
+        return {name: entry for name, entry in state_layout(spec).items() if name.startswith(spec.local)}
     prefixes = {"norms": "norms.", "head": f"layers.{len(spec.model.hidden)}."}
     kept = tuple(prefixes[part] for part in spec.model.local)
     return {name: entry for name, entry in state_layout(spec).items() if kept and name.startswith(kept)}
 
 
-def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+def parameter_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
     """Tensors that a contribution holds the deltas of, and a merge moves.
 
     Those are all floating-point tensors of the network that are not local. Batch normalisation's running means and

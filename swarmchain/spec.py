@@ -1,10 +1,11 @@
 """A run's law: everything that must be equal at all sites.
 
-A spec is canonical JSON in the store; its SHA-256 stands on chain. There are three tasks. `statistics` sums, over the
+A spec is canonical JSON in the store; its SHA-256 stands on chain. There are four tasks. `statistics` sums, over the
 sites' training cells, what standardisation and class balancing need. `cell_type` trains a classifier on a panel of
 features, from a seed checkpoint that travels as a blob (layer initialisation is not equal on all CPUs, so a seed is
 never replayed elsewhere). `rehearsal` needs no cells: its contributions are random numbers of a real model's size, so
-that chain, store, merge and vote can be tried before any data are there.
+that chain, store, merge and vote can be tried before any data are there. `custom` merges and votes on a network of the
+sites' own.
 
 What a spec does not hold: anything about one site (that is `config`), and the windows and quorum (those are on chain).
 """
@@ -161,8 +162,44 @@ class RehearsalSpec(_Spec):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
+class Tensor(Strict):
+    """One tensor of a network's state: a parameter or a buffer, as torch's `state_dict` names it."""
+
+    name: Name
+    dtype: Literal["float32", "int64"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=8)]
+
+
+class CustomSpec(_Spec):
+    """A network of the sites' own, which each site trains with a program of its own; see `api`.
+
+    `tensors` is the network's state in the order of the names. Those whose names begin with one of `local` never leave
+    a site. `settings` are whatever the program needs to be equal at all sites (steps, learning rate, seed); `code` is
+    the SHA-256 of a file that all of them must hold, such as the program.
+    """
+
+    task: Literal["custom"] = "custom"
+    tensors: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=100_000)]
+    local: tuple[Name, ...] = ()
+    settings: dict[str, bool | int | float | str] = {}
+    code: Digest | None = None
+    merge: Merge = ClippedMean()
+    codec: Codec = "float32"
+    gate: Gate = Gate()
+    seed_checkpoint: Digest
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        names = [tensor.name for tensor in self.tensors]
+        if sorted(set(names)) != names:
+            raise ValueError("the tensors are not in the order of their names, each once")
+        if not any(t.dtype == "float32" and not t.name.startswith(self.local) for t in self.tensors):
+            raise ValueError("no floating-point tensor is left to train together")
+        return self
+
+
 CellSpec = StatisticsSpec | CellTypeSpec
-Spec = CellSpec | RehearsalSpec
+Spec = CellSpec | RehearsalSpec | CustomSpec
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
 
 

@@ -16,7 +16,7 @@ from swarmchain.keeper import Keeper
 from swarmchain.layouts import contribution_layout, parameter_layout
 from swarmchain.methods import find_method
 from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
+from swarmchain.spec import CellTypeSpec, CustomSpec, RehearsalSpec, Spec, StatisticsSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 from swarmchain.tasks import Assignment, CellTypeTask, RehearsalTask, StatisticsTask, Task, start_parent
@@ -32,6 +32,8 @@ class RunWork:
     ----------
     view_run
         Asks the contract for any run, to see that the statistics that a spec names are those on record.
+    task
+        What computes for a run whose network is the site's own.
 
     Raises
     ------
@@ -40,7 +42,7 @@ class RunWork:
     """
 
     def __init__(self, config: SiteConfig, store: Store, view: RunView, *, site: int,
-                 view_run: Callable[[int], RunView]) -> None:
+                 view_run: Callable[[int], RunView], task: Task | None = None) -> None:
         self.store = store
         self.site = site
         self.spec_digest = view.spec
@@ -52,11 +54,14 @@ class RunWork:
         self._made: tuple[str, Arrays] = ("", {})
         self._round: RoundKey | None = None
         self._good: dict[int, Gathered] = {}
-        self.task = self._prepare(config, view_run)
+        self.task = task or self._prepare(config, view_run)
 
     def _prepare(self, config: SiteConfig, view_run: Callable[[int], RunView]) -> Task:
         if not isinstance(self.spec, StatisticsSpec):
             find_method(self.spec.merge)
+        if isinstance(self.spec, CustomSpec):
+            raise SpecError(f"“{self.spec.name}” trains a network of the sites' own",
+                            hint="work on it from the program that trains it: swarmchain.api, docs/custom.md")
         if isinstance(self.spec, RehearsalSpec):
             return RehearsalTask(self.spec)
         if isinstance(self.spec, StatisticsSpec):
@@ -79,7 +84,7 @@ class RunWork:
         elif view.finalized_round:
             digest = view.checkpoint
         else:
-            digest = self.spec.seed_checkpoint if isinstance(self.spec, CellTypeSpec) else NO_PARENT
+            digest = NO_PARENT if isinstance(self.spec, RehearsalSpec) else self.spec.seed_checkpoint
         if self._made[0] == digest:
             self._parent, self._made = self._made, ("", {})
         elif self._parent[0] != digest:
