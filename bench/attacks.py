@@ -37,11 +37,12 @@ import numpy as np
 import pandas as pd
 from tables import replace_table
 
+from swarmchain.agreement import compute_statistics, standardize
 from swarmchain.baselines import predict
 from swarmchain.certify import Arrays
 from swarmchain.checkpoint import allocate_tensors, decode_tensors
 from swarmchain.config import DataConfig, SiteCard
-from swarmchain.data import compute_statistics, read_cells, select_cells, select_panel, standardize
+from swarmchain.data import read_cells, select_cells, select_panel
 from swarmchain.dealing import deal_folder
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
@@ -111,7 +112,7 @@ def prepare(files: dict[str, Path], tests: dict[str, Path], config: DataConfig, 
     inputs = []
     for i, cells in enumerate(found.values()):
         data = select_cells(cells, source)
-        sums = compute_statistics(data, labels=len(source.labels))
+        sums = compute_statistics(data, source)
         inputs.append(Input(i, len(data.train), sums, compute_norm(sums)))
     _, sums = allocate_tensors(checkpoint_layout(source))
     sum_statistics(inputs, into=sums)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from swarmchain.agreement import standardize
 from swarmchain.certify import Arrays
-from swarmchain.data import SiteData, standardize
+from swarmchain.data import SiteData
 from swarmchain.metrics import compute_f1, summarize_f1
 from swarmchain.model import build_model, load_state, predict_probabilities
 from swarmchain.spec import CellTypeSpec

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +21,13 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from swarmchain.config import DataConfig, SiteConfig
-from swarmchain.errors import DataError, SpecError
-from swarmchain.spec import CellSpec, Normalization, Panel
+from swarmchain.errors import DataError
+from swarmchain.spec import CellSpec, Minimums, Normalization, Panel
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 State = Literal["counts", "log1p", "arcsinh", "none"]
 
-STANDARDIZED_MAX = 10.0
 LOG1P_MAX = 20.0  # log1p of more than 4e8 counts: no single cell has them
 
 
@@ -36,7 +35,7 @@ LOG1P_MAX = 20.0  # log1p of more than 4e8 counts: no single cell has them
 class Cells:
     """Annotated cells of one file, X in the state that a spec demands.
 
-    `x` is [cells, features] sparse or dense, `labels` and `names` are [cells].
+    `x` is [cells, features] sparse or dense, `labels`, `names` and `donors` (if they are known) are [cells].
     """
 
     x: Any
@@ -44,6 +43,7 @@ class Cells:
     labels: npt.NDArray[np.str_]
     names: npt.NDArray[np.str_]
     source: str
+    donors: npt.NDArray[np.str_] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class SiteData:
     """One site's cells on a run's panel.
 
     Shapes: `x` float32 [cells, panel], not standardised; `y` int64 [cells], index into the run's labels; `present`
-    bool [panel]; `train` and `validation` are row numbers.
+    bool [panel]; `train` and `validation` are row numbers; `donors` int64 [cells] numbers the donors, None if they are
+    not known. `left_out` counts the cells of every label of which the site has too few (see `spec.Minimums`); those
+    cells are not among the rows.
     """
 
     x: Floats
@@ -59,6 +61,8 @@ class SiteData:
     present: npt.NDArray[np.bool_]
     train: Ints
     validation: Ints
+    donors: Ints | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_site_data(config: SiteConfig, spec: CellSpec) -> SiteData:
@@ -120,8 +124,16 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
     Raises
     ------
     DataError
-        If too little of the panel is there, a label is not on the run's list, or no cell is left to train on.
+        If too little of the panel is there, a label is not on the run's list, or fewer cells or donors are left to
+        train on than the spec's minimums.
     """
+    is_train = np.ones(len(cells.names), dtype=np.bool_)
+    codes = np.unique(cells.labels, return_inverse=True)[1].astype(np.int64)
+    is_train[choose_validation(cells.names, codes, share=spec.validation_share)] = False
+    few = count_few(cells, is_train, spec.minimums)
+    if few:
+        keep = ~np.isin(cells.labels, list(few))
+        cells, is_train = take_cells(cells, keep), is_train[keep]
     x, present = select_panel(cells, spec.panel)
     index = {label: i for i, label in enumerate(spec.labels)}
     unknown = sorted(set(cells.labels.tolist()) - set(index))
@@ -131,11 +143,49 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
             hint='map it in site.toml: [data.label_map] "its name" = "the run\'s name", or = "" to leave it out',
         )
     y = np.array([index[label] for label in cells.labels.tolist()], dtype=np.int64)
-    validation = choose_validation(cells.names, y, share=spec.validation_share)
-    train = np.setdiff1d(np.arange(len(y)), validation)
-    if len(train) == 0:
-        raise DataError(f"{cells.source}: no labelled cell to train on", hint="check label_column and label_map")
-    return SiteData(x=x, y=y, present=present, train=train, validation=validation)
+    donors = None if cells.donors is None else np.unique(cells.donors, return_inverse=True)[1].astype(np.int64)
+    data = SiteData(x=x, y=y, present=present, train=np.flatnonzero(is_train), validation=np.flatnonzero(~is_train),
+                    donors=donors, left_out=few)
+    check_minimums(data, spec.minimums, source=cells.source)
+    return data
+
+
+def take_cells(cells: Cells, keep: npt.NDArray[np.bool_]) -> Cells:
+    """The cells that `keep`, [cells], marks."""
+    return replace(cells, x=cells.x[keep], labels=cells.labels[keep], names=cells.names[keep],
+                   donors=None if cells.donors is None else cells.donors[keep])
+
+
+def count_few(cells: Cells, is_train: npt.NDArray[np.bool_], minimums: Minimums) -> dict[str, int]:
+    """Labels with too few training cells, or with too few donors among them, and how many cells each has in all."""
+    few: dict[str, int] = {}
+    for label in np.unique(cells.labels).tolist():
+        has_label = cells.labels == label
+        chosen = has_label & is_train
+        donors = None if cells.donors is None else len(np.unique(cells.donors[chosen]))
+        if chosen.sum() < minimums.cells_per_label or (donors is not None and donors < minimums.donors_per_label):
+            few[label] = int(has_label.sum())
+    return few
+
+
+def check_minimums(data: SiteData, minimums: Minimums, *, source: str) -> None:
+    """Whether a site has enough to take part. Raises `DataError` if not."""
+    if len(data.train) == 0 and not data.left_out:
+        raise DataError(f"{source}: no labelled cell to train on", hint="check label_column and label_map")
+    if len(data.train) < minimums.cells:
+        rest = f", after {sum(data.left_out.values())} of too rare labels were left out" if data.left_out else ""
+        raise DataError(f"{source}: {len(data.train)} training cells{rest}, the run asks for {minimums.cells}",
+                        hint="a site with so few does not take part, so that no sum is over a handful of cells; "
+                             "`run new statistics --cells-min` sets the minimum")
+    if not max(minimums.donors, minimums.donors_per_label):
+        return
+    if data.donors is None:
+        raise DataError(f"{source}: the run asks for a minimum of donors, and the cells' donors are not known",
+                        hint="name the column of .obs that tells them in site.toml")
+    donors = len(np.unique(data.donors[data.train]))
+    if donors < minimums.donors:
+        raise DataError(f"{source}: {donors} donors among the training cells, the run asks for {minimums.donors}",
+                        hint="a site with so few does not take part; `run new statistics --donors-min` sets the number")
 
 
 def select_panel(cells: Cells, panel: Panel) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -223,56 +273,6 @@ def choose_validation(names: npt.NDArray[np.str_], y: Ints, *, share: float) -> 
         ranked = rows[np.argsort(hashes[rows], kind="stable")]
         chosen.extend(ranked[: int(len(rows) * share)].tolist())
     return np.array(sorted(chosen), dtype=np.int64)
-
-
-def compute_statistics(data: SiteData, *, labels: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Sums over this site's training cells; layout: `layouts.statistics_layout`. Absent features contribute nothing."""
-    x = data.x[data.train].astype(np.float64)
-    present = data.present.astype(np.int64)
-    return {
-        "cells_per_feature": present * len(data.train),
-        "cells_per_label": np.bincount(data.y[data.train], minlength=labels).astype(np.int64),
-        "sites_per_feature": present,
-        "sum": x.sum(axis=0),
-        "sum_of_squares": (x * x).sum(axis=0),
-    }
-
-
-def compute_standardization(
-    statistics: Mapping[str, npt.NDArray[np.generic]], features: Sequence[str], panel: Panel
-) -> dict[str, npt.NDArray[np.generic]]:
-    """Federated mean and SD of the panel's features, from the summed statistics over `features`.
-
-    mean = Σx / n, SD = √(Σx²/n - mean²), both float64 and then rounded to float32; only correctly rounded operations,
-    so that all sites get the same bits. SD 0 becomes 1.
-
-    Raises
-    ------
-    SpecError
-        If a feature of the panel was not summed, or no site has it.
-    """
-    position = {name: i for i, name in enumerate(features)}
-    missing = [name for name in panel.features if name not in position]
-    if missing:
-        raise SpecError(f"panel feature {missing[0]!r} is not among the statistics' features")
-    rows = np.array([position[name] for name in panel.features], dtype=np.int64)
-    count = statistics["cells_per_feature"][rows].astype(np.float64)
-    if (count == 0).any():
-        raise SpecError(f"no site has the panel feature {panel.features[int(np.argmin(count))]!r}")
-    mean = statistics["sum"][rows].astype(np.float64) / count
-    variance = statistics["sum_of_squares"][rows].astype(np.float64) / count - mean * mean
-    scale = np.sqrt(np.maximum(variance, 0.0))
-    scale[scale < 1e-6] = 1.0
-    return {"standardize.mean": mean.astype(np.float32), "standardize.scale": scale.astype(np.float32)}
-
-
-def standardize(x: Floats, present: npt.NDArray[np.bool_], constants: Mapping[str, npt.NDArray[Any]]) -> Floats:
-    """(x - mean) / SD, clipped to ±10; 0 where the feature is absent. `x` is [cells, panel]."""
-    z = (x - constants["standardize.mean"]) / constants["standardize.scale"]
-    np.clip(z, -STANDARDIZED_MAX, STANDARDIZED_MAX, out=z)
-    z[:, ~present] = 0.0
-    standardized: Floats = z.astype(np.float32)
-    return standardized
 
 
 def _read_h5ad(path: Path, *, backed: bool = False) -> anndata.AnnData:

@@ -19,13 +19,14 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from swarmchain.agreement import standardize
 from swarmchain.audit import audit_run, read_record
 from swarmchain.baselines import compare, predict
 from swarmchain.certify import Arrays
 from swarmchain.checkpoint import compute_size, decode_tensors
 from swarmchain.config import read_site_config, write_file
 from swarmchain.consortium import Consortium, start_consortium
-from swarmchain.data import SiteData, load_site_data, read_cells, select_panel, standardize
+from swarmchain.data import SiteData, load_site_data, read_cells, select_panel
 from swarmchain.dealing import Dealt, deal_folder, deal_pbmc
 from swarmchain.errors import AuditFailed, ConfigError, SwarmError
 from swarmchain.layouts import checkpoint_layout

@@ -49,6 +49,24 @@ def add_scaled_4(total: Floats, a: Singles, b: Singles, c: Singles, d: Singles, 
 
 
 @_compile
+def add_moments(sums: Floats, x: Floats) -> None:
+    """Add Σx and Σx² over the rows of `x`, [rows, k], to `sums`, [4, k]: the two sums and what rounding took of each.
+
+    Every addition is Knuth's TwoSum (The Art of Computer Programming, vol. 2, 4.2.2, theorem B): its error is known
+    exactly, and summed beside it.
+    """
+    for i in range(x.shape[0]):
+        for k in range(2):
+            for j in range(x.shape[1]):
+                term = x[i, j] if k == 0 else x[i, j] * x[i, j]
+                old = sums[2 * k, j]
+                new = old + term
+                taken = new - old
+                sums[2 * k + 1, j] += (old - (new - taken)) + (term - taken)
+                sums[2 * k, j] = new
+
+
+@_compile
 def move(into: Singles, parent: Singles, delta: Floats, factor: float, limit: float) -> None:
     """Parent + delta · factor as float32, at most ±`limit`; all [k]."""
     for j in range(into.size):

@@ -11,20 +11,27 @@ from swarmchain.spec import CellTypeSpec, CustomSpec, RehearsalSpec, Spec, Stati
 
 SCALE = ":scale"
 STATISTICS = ("running_mean", "running_var")
+LOW = "_low"  # of a sum: what its float64 cannot hold
 
 # numpy's names
 Layout = Mapping[str, tuple[Literal["float32", "float64", "int64", "float16", "int8"], tuple[int, ...]]]
 
 
-def statistics_layout(features: int, labels: int) -> Layout:
-    """Tensors of a statistics contribution and checkpoint; sums are over training cells."""
-    return {
-        "cells_per_feature": ("int64", (features,)),
-        "cells_per_label": ("int64", (labels,)),
-        "sites_per_feature": ("int64", (features,)),
-        "sum": ("float64", (features,)),
-        "sum_of_squares": ("float64", (features,)),
-    }
+def statistics_layout(spec: StatisticsSpec) -> Layout:
+    """Tensors of a statistics contribution and checkpoint; all count or sum over training cells.
+
+    A sum is a pair of float64: it stands for `<name>` + `<name>_low`. `sum` and `sum_of_squares` are of x, `expm1_sum`
+    and `expm1_sum_of_squares` of eˣ - 1, that is of what x was before the logarithm; those are there for log1p alone.
+    `donors` is 0, as `donors_per_label` is, at sites that do not know their donors.
+    """
+    features, labels = (len(spec.panel.features),), (len(spec.labels),)
+    layout: dict[str, Any] = {"donors": ("int64", ()), "sites": ("int64", ())}
+    layout |= {f"{what}_per_feature": ("int64", features) for what in ("cells", "sites")}
+    layout |= {f"{what}_per_label": ("int64", labels) for what in ("cells", "donors", "sites")}
+    for prefix in ("", "expm1_") if spec.normalization.kind == "log1p" else ("",):
+        for name in ("sum", "sum_of_squares"):
+            layout |= {f"{prefix}{name}{part}": ("float64", features) for part in ("", LOW)}
+    return dict(sorted(layout.items()))
 
 
 def state_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
@@ -81,7 +88,7 @@ def constant_layout(spec: CellTypeSpec) -> Layout:
 def contribution_layout(spec: Spec) -> Layout:
     """Tensors of one site's contribution; with the codec `int8`, `<name>:scale` is what a unit stands for."""
     if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
+        return statistics_layout(spec)
     return code_layout(parameter_layout(spec), spec.codec)
 
 
@@ -108,7 +115,7 @@ def is_statistic(name: str) -> bool:
 def checkpoint_layout(spec: Spec) -> Layout:
     """Tensors of the run's checkpoints."""
     if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
+        return statistics_layout(spec)
     layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
     if isinstance(spec, CellTypeSpec):
         layout |= constant_layout(spec)

@@ -31,7 +31,7 @@ from swarmchain.kernels import (
     pack_keys,
     sort_columns,
 )
-from swarmchain.layouts import is_statistic
+from swarmchain.layouts import LOW, is_statistic
 from swarmchain.merging import Merge, Outer
 from swarmchain.methods import Geometry, Pick, Plan, find_method
 
@@ -47,6 +47,7 @@ PIECE_OF_ALL = 2_056
 PRODUCT_LANES = 64
 PIECE_OF_PAIRS = 32 * PRODUCT_LANES
 _SINGLE_MAX = float(np.finfo(np.float32).max)
+_SUM_MAX = 2.0**1013
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,11 @@ def merge_deltas(
 
 
 def sum_statistics(inputs: Sequence[Input], *, into: Arrays) -> list[Share]:
-    """Sum over sites of every tensor, in the order of the sites' indices; all weights are 1.
+    """Sum over sites of every tensor, the same bytes in whatever order the sites come; all weights are 1.
+
+    Counts are int64. A sum is a pair of float64 (`layouts.statistics_layout`): the exact sum over all sites' pairs,
+    rounded to the nearest float64, and what that leaves, rounded likewise, so that some 106 bits hold. What is beyond
+    ±2^1013 counts as that: no sum of 256 pairs then overflows.
 
     Raises
     ------
@@ -126,12 +131,11 @@ def sum_statistics(inputs: Sequence[Input], *, into: Arrays) -> list[Share]:
     """
     ordered = _order(inputs)
     for name in sorted(ordered[0].tensors):
-        total = into[name]
-        total[...] = 0
-        for item in ordered:
-            total += item.tensors[name]
-        if total.dtype.kind == "f":
-            np.nan_to_num(total, copy=False)  # an overflow, since every input is finite
+        if name + LOW in into:
+            _sum_pairs([item.tensors[part] for item in ordered for part in (name, name + LOW)],
+                       into[name], into[name + LOW])
+        elif not name.endswith(LOW):
+            np.sum([item.tensors[name] for item in ordered], axis=0, out=into[name])
     return [Share(item.site, item.norm, 1.0, 1.0) for item in ordered]
 
 
@@ -315,6 +319,17 @@ def _require_usable(plan: Plan, count: int, method: str) -> None:
     if len(plan.weights) != count or len(plan.clips) != count or not all(map(math.isfinite, numbers)):
         raise SpecError(f"the merge method {method!r} gave no finite weight and clip factor for each of {count} sites",
                         hint="a new run needs a spec with another method")
+
+
+def _sum_pairs(terms: Sequence[npt.NDArray[Any]], high: npt.NDArray[Any], low: npt.NDArray[Any]) -> None:
+    """The exact sums over `terms`, all [k], as pairs: `math.fsum` is exactly rounded, so that no order matters."""
+    for start in range(0, high.size, PIECE_OF_ALL):
+        where = slice(start, min(start + PIECE_OF_ALL, high.size))
+        columns = np.clip(np.stack([term[where] for term in terms], axis=1), -_SUM_MAX, _SUM_MAX).tolist()
+        rounded = [math.fsum(column) for column in columns]
+        rest = [math.fsum([*column, -found]) for column, found in zip(columns, rounded, strict=True)]
+        for into, found in ((high, rounded), (low, rest)):
+            into[where] = np.array(found) + 0.0  # -0.0, which not every Python's fsum keeps, becomes 0.0
 
 
 def _order(inputs: Sequence[Input]) -> list[Input]:

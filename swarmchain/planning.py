@@ -7,13 +7,21 @@ finalized checkpoint then fixes panel, standardisation and class balance of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from swarmchain.agreement import (
+    Cutoffs,
+    Flavor,
+    choose_variable,
+    compute_standardization,
+    compute_variability,
+    find_common,
+)
 from swarmchain.certify import Arrays
 from swarmchain.checkpoint import encode_tensors
 from swarmchain.config import SiteCard
-from swarmchain.data import compute_standardization
 from swarmchain.errors import SpecError
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merging import ClippedMean, Codec, Merge
@@ -23,6 +31,7 @@ from swarmchain.spec import (
     CellTypeSpec,
     Gate,
     Limits,
+    Minimums,
     Model,
     Normalization,
     Panel,
@@ -34,7 +43,8 @@ from swarmchain.store import Store, read_checkpoint, read_spec
 
 
 def plan_statistics(
-    cards: Sequence[SiteCard], *, name: str, sites_to_start: int, normalization: Normalization | None = None
+    cards: Sequence[SiteCard], *, name: str, sites_to_start: int, normalization: Normalization | None = None,
+    minimums: Minimums | None = None,
 ) -> StatisticsSpec:
     """A statistics run over all features and labels that the cards name.
 
@@ -49,7 +59,7 @@ def plan_statistics(
         raise SpecError(f"the site cards name {len(labels)} labels", hint="a classifier needs at least two")
     return StatisticsSpec(
         name=name, panel=Panel(features=tuple(features), share_min=0.0), labels=tuple(labels),
-        normalization=normalization or Normalization(),
+        normalization=normalization or Normalization(), minimums=minimums or Minimums(),
         limits=Limits(rounds=5, one_checkpoint=True, sites_to_start=sites_to_start),
     )
 
@@ -70,34 +80,64 @@ def read_statistics(store: Store, view: RunView) -> tuple[StatisticsSpec, Arrays
     return spec, read_checkpoint(store, view.checkpoint, spec)
 
 
+def summarize_statistics(
+    source: StatisticsSpec, sums: Arrays, *, sites_min: int, flavor: Flavor = "seurat"
+) -> dict[str, Any]:
+    """What a statistics run found, in numbers that a person wants to see.
+
+    `labels` and `in_all` hold `cells`, `donors` (0 where no site knows them) and `sites`; `features_at` how many
+    features at least so many sites have; `highly_variable` how many of those at `sites_min` sites pass scanpy's default
+    cutoffs, None if the flavour does not suit the values.
+    """
+    kinds = ("cells", "donors", "sites")
+    rows = zip(*(sums[f"{kind}_per_label"].tolist() for kind in kinds), strict=True)
+    sites = sums["sites_per_feature"]
+    at = {count: int((sites >= count).sum()) for count in range(1, int(sites.max()) + 1)}
+    try:
+        found = compute_variability(sums, flavor=flavor, sites_min=sites_min)
+        variable = int(choose_variable(found, Cutoffs()).sum())
+    except SpecError:
+        variable = None
+    return {
+        "labels": {label: dict(zip(kinds, row, strict=True)) for label, row in zip(source.labels, rows, strict=True)},
+        "in_all": {"cells": int(sums["cells_per_label"].sum()), "donors": int(sums["donors"]),
+                   "sites": int(sums["sites"])},
+        "features_at": at, "highly_variable": variable, "flavor": flavor, "sites_min": sites_min,
+    }
+
+
 def plan_cell_type(
     statistics: tuple[StatisticsSpec, Arrays], view: RunView, *, name: str, limits: Limits, sites_per_feature_min: int,
     model: Model | None = None, training: Training | None = None, merge: Merge | None = None, gate: Gate | None = None,
-    panel_share_min: float = 0.5, codec: Codec = "float32",
+    panel_share_min: float = 0.5, codec: Codec = "float32", hvg: int | None = None, flavor: Flavor = "seurat",
 ) -> tuple[CellTypeSpec, bytes]:
     """A training run on what a statistics run found, and its seed checkpoint.
 
-    The panel is every feature that at least `sites_per_feature_min` sites have and that varies; the labels are those
-    with at least one training cell.
+    The panel is every feature that at least `sites_per_feature_min` sites have and that varies, or the `hvg` most
+    variable of them (`agreement.compute_variability`); the labels are those with at least one training cell.
 
     Raises
     ------
     SpecError
-        If no feature is on the panel.
+        If no feature is on the panel, or fewer than two labels have a training cell.
     """
     source, sums = statistics
-    cells = sums["cells_per_feature"]
-    common = (sums["sites_per_feature"] >= sites_per_feature_min) & (cells > 0) & (sums["sum_of_squares"] > 0)
-    features = tuple(str(source.panel.features[i]) for i in np.flatnonzero(common))
-    labels = tuple(label for label, n in zip(source.labels, sums["cells_per_label"], strict=True) if n > 0)
-    if not features:
+    chosen = find_common(sums, sites_min=sites_per_feature_min)
+    if not chosen.any():
         raise SpecError(
             f"no feature is at {sites_per_feature_min} sites", hint="lower --features-at, or use the same feature names"
         )
+    if hvg is not None:
+        chosen &= choose_variable(compute_variability(sums, flavor=flavor, sites_min=sites_per_feature_min), hvg)
+    features = tuple(str(source.panel.features[i]) for i in np.flatnonzero(chosen))
+    labels = tuple(label for label, n in zip(source.labels, sums["cells_per_label"], strict=True) if n > 0)
+    if len(labels) < 2:
+        raise SpecError(f"{len(labels)} labels have enough cells at a site",
+                        hint="a classifier needs two; `swarmchain run statistics` shows the counts")
     draft = CellTypeSpec(
         name=name, panel=Panel(features=features, share_min=panel_share_min), labels=labels,
-        normalization=source.normalization, limits=limits, validation_share=source.validation_share,
-        model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
+        normalization=source.normalization, minimums=source.minimums, validation_share=source.validation_share,
+        limits=limits, model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
         codec=codec, gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,
     )

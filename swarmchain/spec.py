@@ -1,11 +1,17 @@
 """A run's law: everything that must be equal at all sites.
 
-A spec is canonical JSON in the store; its SHA-256 stands on chain. There are four tasks. `statistics` sums, over the
-sites' training cells, what standardisation and class balancing need. `cell_type` trains a classifier on a panel of
-features, from a seed checkpoint that travels as a blob (layer initialisation is not equal on all CPUs, so a seed is
-never replayed elsewhere). `rehearsal` needs no cells: its contributions are random numbers of a real model's size, so
-that chain, store, merge and vote can be tried before any data are there. `custom` merges and votes on a network of the
-sites' own.
+A spec is canonical JSON in the store; its SHA-256 stands on chain. The tasks:
+
+statistics
+    Sums, over the sites' training cells, what the choice of features, standardisation and class balancing need.
+cell_type
+    Trains a classifier of cells on a panel of features, from a seed checkpoint that travels as a blob (layer
+    initialisation is not equal on all CPUs, so a seed is never replayed elsewhere).
+rehearsal
+    Needs no cells: its contributions are random numbers of a real model's size, so that chain, store, merge and vote
+    can be tried before any data are there.
+custom
+    Merges and votes on a network of the sites' own.
 
 What a spec does not hold: anything about one site (that is `config`), and the windows and quorum (those are on chain).
 """
@@ -46,6 +52,21 @@ class Normalization(Strict):
     kind: Literal["log1p", "arcsinh", "none"] = "log1p"
     target_sum: Positive = 10_000.0
     cofactor: Positive = 5.0
+
+
+class Minimums(Strict):
+    """What a site must have of training cells, so that nothing that leaves it is about a handful of cells or donors.
+
+    A site with fewer than `cells`, or whose cells come from fewer than `donors` donors, does not take part. A label of
+    which a site has fewer than `cells_per_label`, or from fewer than `donors_per_label` donors, is left out there
+    altogether: its cells are neither summed, nor trained on, nor scored. Where a minimum of donors is asked for, the
+    donors must be known.
+    """
+
+    cells: Annotated[int, Field(ge=1)] = 10
+    donors: Annotated[int, Field(ge=0)] = 0
+    cells_per_label: Annotated[int, Field(ge=1)] = 5
+    donors_per_label: Annotated[int, Field(ge=0)] = 0
 
 
 class Limits(Strict):
@@ -119,6 +140,7 @@ class _CellSpec(_Spec):
     panel: Panel
     labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=CLASSES_MAX)]
     normalization: Normalization = Normalization()
+    minimums: Minimums = Minimums()
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
     @model_validator(mode="after")
@@ -129,7 +151,7 @@ class _CellSpec(_Spec):
 
 
 class StatisticsSpec(_CellSpec):
-    """Sums over all sites' training cells: cells, sums and sums of squares per feature, cells per class."""
+    """Sums over all sites' training cells: moments per feature; cells, donors and sites per label and feature."""
 
     task: Literal["statistics"] = "statistics"
 

@@ -59,23 +59,29 @@ class Task(Protocol):
 
 
 class StatisticsTask:
-    """Sums over the site's training cells; the same in every round."""
+    """Sums over the site's training cells; the same in every round, so made once, and the cells let go.
+
+    Raises
+    ------
+    DataError
+        If the site's data cannot serve the spec.
+    """
 
     def __init__(self, config: SiteConfig, spec: StatisticsSpec) -> None:
+        from swarmchain.agreement import compute_statistics
         from swarmchain.data import load_site_data
 
-        self._data = load_site_data(config, spec)
-        self._labels = len(spec.labels)
+        data = load_site_data(config, spec)
+        self._counts, self._samples = _count(data), len(data.train)
+        self._sums = compute_statistics(data, spec)
 
     def describe(self) -> dict[str, int]:
         """See `Task`."""
-        return _count(self._data)
+        return self._counts
 
     def contribute(self, assignment: Assignment) -> tuple[Arrays, int, dict[str, float]]:
         """See `Task`."""
-        from swarmchain.data import compute_statistics
-
-        return compute_statistics(self._data, labels=self._labels), len(self._data.train), {}
+        return self._sums, self._samples, {}
 
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
         """Sums are what they are."""
@@ -175,9 +181,19 @@ class RehearsalTask:
 
 
 def check_standardization(spec: CellTypeSpec, source: StatisticsSpec, statistics: Arrays, seed: Arrays) -> Arrays:
-    """Mean and SD of the panel as the statistics give them. Raises `SpecError` if the seed checkpoint has others."""
-    from swarmchain.data import compute_standardization
+    """Mean and SD of the panel as the statistics give them.
 
+    Raises
+    ------
+    SpecError
+        If the seed checkpoint has others, or the spec chooses or normalises cells in another way than the statistics'.
+    """
+    from swarmchain.agreement import compute_standardization
+
+    for field in ("normalization", "minimums", "validation_share"):
+        if getattr(spec, field) != getattr(source, field):
+            raise SpecError(f"{field} is not that of the statistics run {spec.statistics.run}",
+                            hint="do not join this run: its cells are not those that the statistics are about")
     constants = compute_standardization(statistics, source.panel.features, spec.panel)
     for name, expected in constants.items():
         if seed[name].tobytes() != expected.tobytes():
@@ -197,4 +213,5 @@ def start_parent(spec: StatisticsSpec | RehearsalSpec) -> Arrays:
 
 def _count(data: Any) -> dict[str, int]:
     return {"cells_train": len(data.train), "cells_validation": len(data.validation),
-            "features": int(data.present.sum())}
+            "features": int(data.present.sum()), "labels_left_out": len(data.left_out),
+            "cells_left_out": sum(data.left_out.values())}

@@ -24,8 +24,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from swarmchain.agreement import standardize
 from swarmchain.config import write_file
-from swarmchain.data import SiteData, standardize
+from swarmchain.data import SiteData
 from swarmchain.layouts import local_layout, parameter_layout
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.model import build_model, load_state, predict_probabilities, read_state

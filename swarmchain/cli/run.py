@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.statistics import FLAVORS
+from swarmchain.cli.statistics import statistics as show_statistics
 from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
@@ -19,6 +21,14 @@ MERGES = ("clipped_mean", "mean", "coordinate_median", "trimmed_mean", "geometri
           "centered_clipping")
 CODECS = ("float32", "float16", "int8")
 OUTERS = ("none", "momentum", "nesterov", "fedadam")
+NORMALIZATIONS = ("log1p", "arcsinh", "none")
+# the least that a site must have; option, field of `spec.Minimums`, its default, what it says
+MINIMUMS = (
+    ("--cells-min", "cells", 10, "Training cells without which a site does not take part."),
+    ("--donors-min", "donors", 0, "Donors without which a site does not take part; 0 asks for no donors."),
+    ("--cells-per-label-min", "cells_per_label", 5, "Training cells without which a site leaves a label out."),
+    ("--donors-per-label-min", "donors_per_label", 0, "Donors without which a site leaves a label out."),
+)
 
 
 def merge_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,12 +42,22 @@ def merge_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def minimum_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a site must have, so that nothing that leaves it is about a handful of cells."""
+    for name, field, default, words in reversed(MINIMUMS):
+        least = min(default, 1)
+        command = click.option(name, field, type=click.IntRange(min=least), default=default, show_default=True,
+                               help=words)(command)
+    return command
+
+
 @click.group()
 def run() -> None:
     """Plan, propose, join, list, export and verify runs."""
 
 
 run.add_command(verify)
+run.add_command(show_statistics)
 
 
 @run.group()
@@ -51,14 +71,20 @@ def new() -> None:
 @click.option("--card", "cards", type=click.Path(path_type=Path), multiple=True, required=True,
               help="A site's card; repeatable.")
 @click.option("--name", default="statistics", show_default=True, help="What the sites call it.")
+@click.option("--normalization", "kind", type=click.Choice(NORMALIZATIONS), default=NORMALIZATIONS[0],
+              show_default=True, help="The state that every site brings its values to.")
+@click.option("--cofactor", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
+              help="Of arcsinh: 5 is usual for mass, 150 for flow cytometry.")
+@minimum_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
-    """A run that sums means, SDs and class counts over the sites."""
+def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, out: Path, **minimums: int) -> None:
+    """A run that sums moments and counts over the sites: for the choice of features, means, SDs and class balance."""
     from swarmchain.planning import plan_statistics
-    from swarmchain.spec import encode_spec
+    from swarmchain.spec import Minimums, Normalization, encode_spec
 
     found = [read_site_card(path) for path in cards]
-    spec = plan_statistics(found, name=name, sites_to_start=len(found))
+    spec = plan_statistics(found, name=name, sites_to_start=len(found), minimums=Minimums(**minimums),
+                           normalization=Normalization(kind=kind, cofactor=cofactor))
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels")
 
@@ -75,10 +101,13 @@ def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness in training.")
 @click.option("--features-at", type=click.IntRange(min=1), default=2, show_default=True,
               help="Panel: features that at least so many sites have.")
+@click.option("--hvg", type=click.IntRange(min=1), help="Panel: of those, so many highly variable ones.")
+@click.option("--flavor", type=click.Choice(FLAVORS), default=FLAVORS[0], show_default=True,
+              help="With --hvg: which of scanpy's ways to find them.")
 @merge_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
 def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float, seed: int, features_at: int,
-              out: Path, **merging: Any) -> None:
+              hvg: int | None, flavor: Any, out: Path, **merging: Any) -> None:
     """A run that trains a cell-type classifier on what a statistics run found."""
     from swarmchain.merging import parse_merge
     from swarmchain.planning import plan_cell_type, read_statistics
@@ -89,7 +118,7 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
     store = Store(config.store_url)
     view = connect(config).view_run(source)
     spec, blob = plan_cell_type(
-        read_statistics(store, view), view, name=name, sites_per_feature_min=features_at,
+        read_statistics(store, view), view, name=name, sites_per_feature_min=features_at, hvg=hvg, flavor=flavor,
         limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
         training=Training(seed=seed, steps=steps, lr=lr), codec=merging["codec"],
         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
