@@ -94,8 +94,10 @@ def plan_cell_type(
         raise SpecError(
             f"no feature is at {sites_per_feature_min} sites", hint="lower --features-at, or use the same feature names"
         )
+    aliases = {other: name for other, name in source.panel.aliases.items() if name in features}
     draft = CellTypeSpec(
-        name=name, panel=Panel(features=features, share_min=panel_share_min), labels=labels,
+        name=name, labels=labels, ontology=source.ontology,
+        panel=Panel(features=features, share_min=panel_share_min, names=source.panel.names, aliases=aliases),
         normalization=source.normalization, limits=limits, validation_share=source.validation_share,
         model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
         codec=codec, gate=gate or Gate(),

@@ -197,4 +197,4 @@ def start_parent(spec: StatisticsSpec | RehearsalSpec) -> Arrays:
 
 def _count(data: Any) -> dict[str, int]:
     return {"cells_train": len(data.train), "cells_validation": len(data.validation),
-            "features": int(data.present.sum())}
+            "cells_excluded": sum(data.excluded.values()), "features": int(data.present.sum())}
