@@ -22,6 +22,8 @@ from swarmchain.protocol import Strict, first_problem
 
 M = TypeVar("M", bound=BaseModel)
 
+DATA_PATHS = ("path", "labels", "label_file", "feature_table")
+
 
 class ChainConfig(Strict):
     """Where the contract is."""
@@ -46,13 +48,32 @@ class KeysConfig(Strict):
 
 
 class DataConfig(Strict):
-    """The site's cells. `label_map` renames this site's labels to the run's; "" leaves those cells out."""
+    """The site's cells: where they are, what their values, features and labels are called, and by whom they came.
+
+    `label_map` renames this site's labels to the run's ("" leaves those cells out); `label_file` does so from a table.
+    `labels` is a table beside the cells where the file itself has no columns (its column `labels_key`, or else the
+    first, names the cells); `where` keeps the cells whose columns
+    hold these values. `total_column` is the feature that holds a row's total, for proportions.
+    """
 
     path: str
     label_column: str
+    donor_column: str | None = None
+    labels: str | None = None
+    labels_key: str | None = None
+    where: dict[str, str] = {}
     layer: str | None = None
-    state: Literal["auto", "counts", "log1p", "arcsinh", "none"] = "auto"
+    state: Literal["auto", "counts", "log1p", "arcsinh", "intensities", "proportions", "none"] = "auto"
+    total_column: str | None = None
+    compensate: bool | Literal["auto"] = "auto"
+    features: Literal["auto", "symbol", "ensembl"] = "auto"
+    feature_column: str | None = None
+    feature_table: str | None = None
+    aliases: dict[str, str] = {}
+    label_file: str | None = None
     label_map: dict[str, str] = {}
+    unmapped: Literal["refuse", "exclude"] = "refuse"
+    classes_min: Annotated[int, Field(ge=1)] = 2
 
 
 class AgentConfig(Strict):
@@ -79,6 +100,14 @@ class SiteConfig(Strict):
     def resolve(self, path: str) -> Path:
         """`path` relative to the folder of site.toml."""
         return Path(os.path.normpath(self.folder / Path(path).expanduser()))
+
+    @property
+    def cells(self) -> DataConfig | None:
+        """[data], with paths that do not depend on the folder of site.toml."""
+        if self.data is None:
+            return None
+        named = {key: getattr(self.data, key) for key in DATA_PATHS}
+        return self.data.model_copy(update={k: str(self.resolve(v)) for k, v in named.items() if v is not None})
 
     @property
     def store_url(self) -> str:
@@ -156,7 +185,8 @@ def require_paths(config: SiteConfig) -> None:
     if config.keys.password_file is not None and "SWARMCHAIN_PASSWORD" not in os.environ:
         named["keys.password_file"] = config.keys.password_file
     if config.data is not None:
-        named["data.path"] = config.data.path
+        paths = {key: getattr(config.data, key) for key in DATA_PATHS}
+        named.update({f"data.{key}": path for key, path in paths.items() if path is not None})
     if "://" not in config.store.url:
         named["store.url"] = config.store.url
     for key, path in named.items():
@@ -260,14 +290,43 @@ resume_s = 30.0
 DATA_TOML = """\
 # leave this section out where only rehearsals run
 [data]
-# an AnnData file (.h5ad); it never leaves the site
+# .h5ad, .zarr, .fcs or a folder of them, a 10x folder or .h5, a .csv or .tsv table; it never leaves the site
 path = {data}
-# the column of .obs that holds the cell type
+# the column of .obs (or of `labels`) that holds the cell type
 label_column = {label_column}
-# what X holds: "counts", "log1p", "arcsinh", "none" (as it is), or "auto" (told from the numbers)
+# the column that holds the donor; of FCS files each is a donor where none is named
+# donor_column = "donor"
+# a table of labels where the file has none; its first column (or labels_key) names the cell, or the FCS file
+{labels_line}
+# what X holds: "counts", "log1p", "arcsinh", "intensities" (cytometry as measured), "proportions", "none" (as it is),
+# or "auto" (told from the numbers)
 state = "auto"
-# use this layer in place of X
+# use this layer in place of X; "raw" is .raw
 # layer = "counts"
+# the feature that holds a row's total, where proportions are made of counts
+# total_column = "total"
+# FCS: apply $SPILLOVER: true (it must be there), false, or "auto" (where it is there)
+# compensate = "auto"
+# take names of features from this column of .var in place of .var_names
+# feature_column = "gene_ids"
+# translate them to "symbol" or "ensembl"; "auto" takes the run's kind
+# features = "auto"
+# by this table with the columns ensembl, symbol
+# feature_table = "genes.csv"
+# a table label, shared (the run's label), ontology (its Cell Ontology id, may be empty)
+# label_file = "labels-map.csv"
+# labels that are not on the run's list: "refuse", or "exclude" those cells
+# unmapped = "refuse"
+# fewest kinds of cells that a run may find here
+# classes_min = 2
+
+# keep the cells whose columns hold these values
+# [data.where]
+# "sample" = "S01"
+
+# this site's feature = the run's feature
+# [data.aliases]
+# "CD3e" = "CD3"
 
 # this site's label = the run's label; "" leaves those cells out
 [data.label_map]
@@ -283,6 +342,7 @@ def render_site_toml(
     store: str,
     data: str | None = None,
     label_column: str = "",
+    labels: str | None = None,
     keystore: str = "keystore.json",
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
@@ -296,7 +356,8 @@ def render_site_toml(
     )
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     section = "" if data is None else DATA_TOML.format(
-        data=quote(data), label_column=quote(label_column), label_map=lines)
+        data=quote(data), label_column=quote(label_column), label_map=lines,
+        labels_line=f"labels = {quote(labels)}" if labels else '# labels = "labels.csv"')
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
         keystore=quote(keystore), password_line=password, data_section=section, poll_s=poll_s, stagger_s=stagger_s,

@@ -1,41 +1,45 @@
-"""A site's cells: from an AnnData file to arrays on the run's panel. The only room that knows AnnData.
+"""A site's cells: from its file to arrays on the run's panel.
 
-What X holds (counts, log1p of normalised counts, …) is told from the numbers unless site.toml says so, and brought to
-the state that the spec demands. Features that the site does not have are marked absent: after standardisation they
-are 0, which is the federated mean. Validation cells are chosen by the hash of their names, so that they are the same
-in every round and on every machine.
+`readers` opens the file, `names` and `labels` say what its features and cells are called in the run, `normalization`
+brings X to the state that the spec demands; here they meet, block by block. Features that the site does not have are
+marked absent: after standardisation they are 0, which is the federated mean. Validation cells are chosen by the hash of
+their names, so that they are the same in every round and on every machine.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import anndata
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
 from swarmchain.config import DataConfig, SiteConfig
 from swarmchain.errors import DataError
+from swarmchain.labels import LabelMap, check_ids, encode_labels, explain_unmapped, read_label_map
+from swarmchain.names import Naming, read_name_table, rename_features
+from swarmchain.normalization import choose_state, normalize
+from swarmchain.readers import open_source
+from swarmchain.source import Source, check_names, find_rows, iterate_blocks, read_column, read_donors, read_sample
 from swarmchain.spec import CellSpec, Minimums, Normalization, Panel
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-State = Literal["counts", "log1p", "arcsinh", "none"]
 
-LOG1P_MAX = 20.0  # log1p of more than 4e8 counts: no single cell has them
+HASHED_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Cells:
     """Annotated cells of one file, X in the state that a spec demands.
 
-    `x` is [cells, features] sparse or dense, `labels`, `names` and `donors` (if they are known) are [cells].
+    `x` is [cells, features] sparse or dense; `labels`, `names` and, where a column names them, `donors` are [cells].
+    `excluded` counts the cells of labels that were left out, by the site's own labels; `ids` are Cell Ontology ids of
+    labels; `unmapped` says what becomes of labels that are not on a run's list.
     """
 
     x: Any
@@ -44,6 +48,9 @@ class Cells:
     names: npt.NDArray[np.str_]
     source: str
     donors: npt.NDArray[np.str_] | None = None
+    excluded: Mapping[str, int] = field(default_factory=dict)
+    ids: Mapping[str, str] = field(default_factory=dict)
+    unmapped: Literal["refuse", "exclude"] = "refuse"
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,8 @@ class SiteData:
 
     Shapes: `x` float32 [cells, panel], not standardised; `y` int64 [cells], index into the run's labels; `present`
     bool [panel]; `train` and `validation` are row numbers; `donors` int64 [cells] numbers the donors, None if they are
-    not known. `left_out` counts the cells of every label of which the site has too few (see `spec.Minimums`); those
-    cells are not among the rows.
+    not known. `excluded` counts the cells of labels that are not the run's, `left_out` those of every label of which
+    the site has too few (see `spec.Minimums`); neither are among the rows.
     """
 
     x: Floats
@@ -62,60 +69,153 @@ class SiteData:
     train: Ints
     validation: Ints
     donors: Ints | None = None
+    excluded: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_site_data(config: SiteConfig, spec: CellSpec) -> SiteData:
-    """Everything that a run needs of this site's file.
+    """Everything that a run needs of this site's file; only the panel's features are kept in memory.
 
     Raises
     ------
     DataError
         If the file cannot serve the spec; the message names the file, the key and the remedy.
     """
-    if config.data is None:
+    settings = config.cells
+    if settings is None:
         raise DataError(f"site.toml of {config.name} has no [data] section", hint="name the site's AnnData file there")
-    cells = read_cells(config.resolve(config.data.path), config.data, spec.normalization)
-    return select_cells(cells, spec)
+    cells = read_cells(Path(settings.path), settings, spec.normalization, panel=spec.panel)
+    data = select_cells(cells, spec)
+    found = np.unique(data.y)
+    if len(found) < settings.classes_min:
+        raise DataError(
+            f"{cells.source}: column {settings.label_column!r} gives one class only, {spec.labels[int(found[0])]!r}"
+            if len(found) == 1 else
+            f"{cells.source}: column {settings.label_column!r} gives {len(found)} classes, [data] classes_min is "
+            f"{settings.classes_min}",
+            hint="check label_column and the mapping of labels; one kind alone is allowed by classes_min = 1",
+        )
+    return data
 
 
-def read_names(path: Path, label_column: str) -> tuple[list[str], list[str]]:
-    """Feature names and label names of a file: what a site card shows. Raises `DataError`."""
-    data = _read_h5ad(path, backed=True)
-    features = [str(name) for name in data.var_names]
-    labels = sorted({str(v) for v in _label_column(data, label_column, path).dropna()})
-    return features, labels
+def read_names(path: Path, label_column: str, *, settings: DataConfig | None = None) -> tuple[list[str], list[str]]:
+    """Feature names and label names of a file: what a site card shows.
+
+    Features have the names that a run without a panel would see (`names`); labels are the site's own, or the shared
+    ones where `settings` map them. Raises `DataError`.
+    """
+    config = settings or DataConfig(path=str(path), label_column=label_column)
+    with open_source(path, config) as source:
+        check_names(source)
+        names, kept = name_features(source, config, None)
+        _, labels = encode_labels(read_column(source, label_column, "label_column"))
+    mapping = read_label_map(config)
+    shared = {mapping.get_shared(label) for label in labels} - {""}
+    return [names[i] for i in kept], sorted(shared)
 
 
-def read_cells(path: Path, config: DataConfig, normalization: Normalization) -> Cells:
-    """Read, check and normalise one AnnData file.
+def read_cells(
+    path: Path, config: DataConfig, normalization: Normalization, *, panel: Panel | None = None
+) -> Cells:
+    """Read, check and normalise one file of cells.
+
+    Parameters
+    ----------
+    config
+        The site's settings, with paths that do not depend on a folder (`SiteConfig.cells`).
+    panel
+        Features to keep, under the panel's names; without one, all that are markers or genes.
 
     Raises
     ------
     DataError
-        If the file, the layer or the label column is missing, names stand twice, X holds NaN or infinity, or X is in a
-        state from which the demanded one cannot be made.
+        If the file, the layer or a column is missing, names stand twice, X holds NaN or infinity, or X is in a state
+        from which the demanded one cannot be made.
     """
-    data = _read_h5ad(path)
-    if data.n_obs == 0:
-        raise DataError(f"{path} holds no cells", hint="give this site a file with cells")
-    for kind, names in (("features (var_names)", data.var_names), ("cells (obs_names)", data.obs_names)):
-        if not names.is_unique:
-            twice = str(names[names.duplicated()][0])
-            raise DataError(f"{path}: {twice!r} stands twice among its {kind}", hint="make the names unique")
-    column = _label_column(data, config.label_column, path)
-    x = _choose_matrix(data, config.layer, path)
-    keep = column.notna().to_numpy()
-    labels = np.array([config.label_map.get(str(v), str(v)) for v in column], dtype=np.str_)
-    keep &= labels != ""
-    x = normalize(x, config.state, normalization, source=str(path))
-    return Cells(
-        x=x[keep],
-        features=tuple(str(name) for name in data.var_names),
-        labels=labels[keep],
-        names=np.array([str(n) for n in data.obs_names], dtype=np.str_)[keep],
-        source=str(path),
-    )
+    mapping = read_label_map(config)
+    with open_source(path, config) as source:
+        check_names(source)
+        labels, excluded = _map_labels(source, config, mapping)
+        keep = (labels != "") & find_rows(source, config.where)
+        if not (labels != "").any():
+            raise DataError(f"{path}: column {config.label_column!r} holds no label that is kept",
+                            hint="check label_column, labels, label_map and label_file")
+        if not keep.any():
+            raise DataError(f"{path}: [data.where] leaves no labelled cell", hint="check its columns and values")
+        features, kept = name_features(source, config, panel)
+        x = _read_matrix(source, config, normalization, keep=keep, columns=kept)
+        donors = read_donors(source, config)
+        return Cells(
+            x=x, features=tuple(features[i] for i in kept), labels=labels[keep], names=source.cells[keep],
+            source=str(path), donors=None if donors is None else donors[keep], excluded=excluded,
+            ids={mapping.get_shared(label): term for label, term in mapping.ids.items()}, unmapped=config.unmapped,
+        )
+
+
+def name_features(source: Source, config: DataConfig, panel: Panel | None) -> tuple[tuple[str, ...], list[int]]:
+    """All features under the run's names, and the positions of those to keep.
+
+    Scatter and time channels are kept only where the panel or [data.aliases] name them. Raises `DataError`.
+    """
+    raw: Sequence[str] = source.features
+    if config.feature_column is not None:
+        if config.feature_column not in source.feature_columns:
+            raise DataError(f"{source.path} has no column {config.feature_column!r} in .var",
+                            hint=f"set [data] feature_column to: {', '.join(source.feature_columns) or '(none)'}")
+        raw = [str(v) for v in source.read_feature_column(config.feature_column)]
+    pinned = None if panel is None else panel.names
+    if pinned is not None and config.feature_table is None:
+        raise DataError(f"the run pins a table of names ({pinned[:12]}…), and [data] feature_table names none",
+                        hint="get the run's table, and name it in [data] feature_table")
+    table = None if config.feature_table is None else read_name_table(Path(config.feature_table), pinned=pinned)
+    registered = {} if panel is None else panel.aliases
+    naming = Naming(config.features, table, {**registered, **config.aliases})
+    wanted = None if panel is None else panel.features
+    names = rename_features(raw, naming, wanted=wanted, source=str(source.path))
+    panel_names = set(wanted or ())
+    hidden = {i for i in source.unlisted if names[i] not in panel_names and raw[i] not in config.aliases}
+    hidden |= {i for i, name in enumerate(raw) if name == config.total_column}
+    kept = [i for i, name in enumerate(names) if i not in hidden and (wanted is None or name in panel_names)]
+    return names, kept
+
+
+def _map_labels(
+    source: Source, config: DataConfig, mapping: LabelMap
+) -> tuple[npt.NDArray[np.str_], dict[str, int]]:
+    """Each cell's label in the run, "" where it has none, and the cells of each label that is left out."""
+    codes, labels = encode_labels(read_column(source, config.label_column, "label_column"))
+    shared = [mapping.get_shared(label) for label in labels]
+    counts = np.bincount(codes[codes >= 0], minlength=len(labels))
+    excluded = {label: int(n) for label, name, n in zip(labels, shared, counts, strict=True) if not name}
+    return np.array([*shared, ""], dtype=np.str_)[codes], excluded
+
+
+def _read_matrix(
+    source: Source, config: DataConfig, normalization: Normalization, *, keep: npt.NDArray[np.bool_],
+    columns: Sequence[int],
+) -> Any:
+    """Kept rows and columns of X, normalised over all features: one dense array, or one sparse matrix by rows."""
+    label = str(source.path)
+    total = None
+    if config.total_column is not None:
+        if config.total_column not in source.features:
+            raise DataError(f"{label} has no feature {config.total_column!r}", hint="correct [data] total_column")
+        total = source.features.index(config.total_column)
+    state = choose_state(read_sample(source), config.state, normalization, source=label)
+    pieces: list[Any] = []
+    dense = np.empty((int(keep.sum()), len(columns)), np.float32) if source.storage == "dense" else None
+    filled = 0
+    for start, stop, block in iterate_blocks(source):
+        rows = keep[start:stop]
+        if not rows.any():
+            continue
+        x = normalize(block if rows.all() else block[rows], state, normalization, source=label, total=total)
+        if dense is None:
+            pieces.append(x[:, columns])
+        else:
+            dense[filled : filled + x.shape[0]] = x[:, columns]
+            filled += x.shape[0]
+    return dense if dense is not None else sp.vstack(pieces, format="csr")
 
 
 def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
@@ -124,9 +224,11 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
     Raises
     ------
     DataError
-        If too little of the panel is there, a label is not on the run's list, or fewer cells or donors are left to
-        train on than the spec's minimums.
+        If too little of the panel is there, a label is not on the run's list and may not be left out, or fewer cells
+        or donors are left to train on than the spec's minimums.
     """
+    check_ids(cells.ids, spec, source=cells.source)
+    cells = drop_unknown(cells, spec)
     is_train = np.ones(len(cells.names), dtype=np.bool_)
     codes = np.unique(cells.labels, return_inverse=True)[1].astype(np.int64)
     is_train[choose_validation(cells.names, codes, share=spec.validation_share)] = False
@@ -136,18 +238,28 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
         cells, is_train = take_cells(cells, keep), is_train[keep]
     x, present = select_panel(cells, spec.panel)
     index = {label: i for i, label in enumerate(spec.labels)}
-    unknown = sorted(set(cells.labels.tolist()) - set(index))
-    if unknown:
-        raise DataError(
-            f"{cells.source}: label {unknown[0]!r} is not on the run's list ({len(unknown)} such labels)",
-            hint='map it in site.toml: [data.label_map] "its name" = "the run\'s name", or = "" to leave it out',
-        )
-    y = np.array([index[label] for label in cells.labels.tolist()], dtype=np.int64)
+    found, inverse = np.unique(cells.labels, return_inverse=True)
+    y = np.array([index[label] for label in found.tolist()], dtype=np.int64)[inverse]
     donors = None if cells.donors is None else np.unique(cells.donors, return_inverse=True)[1].astype(np.int64)
     data = SiteData(x=x, y=y, present=present, train=np.flatnonzero(is_train), validation=np.flatnonzero(~is_train),
-                    donors=donors, left_out=few)
+                    donors=donors, excluded=cells.excluded, left_out=few)
     check_minimums(data, spec.minimums, source=cells.source)
     return data
+
+
+def drop_unknown(cells: Cells, spec: CellSpec) -> Cells:
+    """The cells whose labels are on the run's list. Raises `DataError` if others may not be left out."""
+    found, inverse = np.unique(cells.labels, return_inverse=True)
+    is_known = np.isin(found, spec.labels)
+    if is_known.all():
+        return cells
+    unknown = found[~is_known].tolist()
+    if cells.unmapped == "refuse":
+        words, hint = explain_unmapped(unknown[0], cells.ids, spec)
+        raise DataError(f"{cells.source}: {words} ({len(unknown)} such labels)", hint=hint)
+    counts = np.bincount(inverse, minlength=len(found))[~is_known].tolist()
+    return replace(take_cells(cells, is_known[inverse]),
+                   excluded={**cells.excluded, **dict(zip(unknown, counts, strict=True))})
 
 
 def take_cells(cells: Cells, keep: npt.NDArray[np.bool_]) -> Cells:
@@ -181,7 +293,7 @@ def check_minimums(data: SiteData, minimums: Minimums, *, source: str) -> None:
         return
     if data.donors is None:
         raise DataError(f"{source}: the run asks for a minimum of donors, and the cells' donors are not known",
-                        hint="name the column of .obs that tells them in site.toml")
+                        hint="set [data] donor_column in site.toml")
     donors = len(np.unique(data.donors[data.train]))
     if donors < minimums.donors:
         raise DataError(f"{source}: {donors} donors among the training cells, the run asks for {minimums.donors}",
@@ -194,114 +306,32 @@ def select_panel(cells: Cells, panel: Panel) -> tuple[Floats, npt.NDArray[np.boo
     columns = np.array([position.get(name, -1) for name in panel.features], dtype=np.int64)
     present = columns >= 0
     if present.mean() < panel.share_min:
+        absent = panel.features[int(np.argmin(present))]
         raise DataError(
             f"{cells.source} holds {present.sum()} of the panel's {len(columns)} features ({present.mean():.0%}), "
-            f"the run needs {panel.share_min:.0%}",
-            hint="check that var_names are of the same kind as the panel's (symbols or ENSEMBL)",
+            f"the run needs {panel.share_min:.0%}; {absent!r} is absent",
+            hint="check that var_names are of the same kind as the panel's (symbols or ENSEMBL), or set [data] "
+            "feature_column, feature_table or [data.aliases]",
         )
+    if cells.features == panel.features and not sp.issparse(cells.x):
+        return cells.x, present
     x = np.zeros((len(cells.names), len(columns)), dtype=np.float32)
     chosen = cells.x[:, columns[present]]
     x[:, present] = chosen.toarray() if sp.issparse(chosen) else chosen
     return x, present
 
 
-def normalize(x: Any, state: str, target: Normalization, *, source: str) -> Any:
-    """Bring X to the state that the spec demands.
-
-    log1p: ln(1 + x / (the cell's sum over all features of the file) · target_sum), as scanpy's `normalize_total` and
-    `log1p`. arcsinh: arcsinh(x / cofactor).
-
-    Raises
-    ------
-    DataError
-        If X holds NaN or infinity, or is in a state from which the demanded one cannot be made.
-    """
-    values = x.data if sp.issparse(x) else x
-    if values.size and not np.isfinite(values).all():
-        raise DataError(f"{source}: X holds NaN or infinity", hint="remove those cells or features")
-    if target.kind == "none":
-        return x.astype(np.float32)
-    found = guess_state(values, source=source) if state == "auto" else state
-    if found == target.kind and not (target.kind == "arcsinh" and state == "auto"):
-        return x.astype(np.float32)
-    if target.kind == "log1p" and found == "counts":
-        totals = np.asarray(x.sum(axis=1), dtype=np.float64).ravel()
-        factors = target.target_sum / np.where(totals > 0, totals, 1.0)
-        scaled = sp.diags(factors) @ x if sp.issparse(x) else x * factors[:, None]
-        return scaled.log1p().astype(np.float32).tocsr() if sp.issparse(x) else np.log1p(scaled).astype(np.float32)
-    if target.kind == "arcsinh" and found in ("counts", "none"):
-        dense = x.toarray() if sp.issparse(x) else x
-        return np.arcsinh(dense / target.cofactor).astype(np.float32)
-    raise DataError(
-        f"{source}: X looks like {found}, from which {target.kind} cannot be made",
-        hint="point [data] layer at counts, or set [data] state if the guess is wrong",
-    )
-
-
-def guess_state(values: npt.NDArray[Any], *, source: str) -> State:
-    """Counts if all are non-negative integers, log1p if non-negative and small.
-
-    Raises
-    ------
-    DataError
-        If they are neither, as scaled data (negative values) are.
-    """
-    if values.size == 0:
-        return "counts"
-    low, high = float(values.min()), float(values.max())
-    if low < 0:
-        raise DataError(
-            f"{source}: X holds negative values (down to {low:.3g}), so it was scaled",
-            hint="point [data] layer at counts or log1p values, or set [data] state",
-        )
-    if bool((values == np.rint(values)).all()):
-        return "counts"
-    if high <= LOG1P_MAX:
-        return "log1p"
-    raise DataError(
-        f"{source}: X holds fractions up to {high:.3g}: neither counts nor log1p",
-        hint="set [data] state or layer in site.toml",
-    )
-
-
 def choose_validation(names: npt.NDArray[np.str_], y: Ints, *, share: float) -> Ints:
     """Row numbers of the validation cells: of every class, the `share` (rounded down) with the lowest name hash."""
-    hashes = np.array([hashlib.sha256(n.encode()).hexdigest() for n in names.tolist()])
-    chosen: list[int] = []
+    hashes = np.empty((len(names), 4), dtype=">u8")
+    for start in range(0, len(names), HASHED_AT_ONCE):
+        some = names[start : start + HASHED_AT_ONCE].tolist()
+        digests = b"".join(hashlib.sha256(name.encode()).digest() for name in some)
+        hashes[start : start + len(some)] = np.frombuffer(digests, dtype=">u8").reshape(-1, 4)
+    chosen = [np.empty(0, dtype=np.int64)]
     for label in np.unique(y):
         rows = np.flatnonzero(y == label)
-        ranked = rows[np.argsort(hashes[rows], kind="stable")]
-        chosen.extend(ranked[: int(len(rows) * share)].tolist())
-    return np.array(sorted(chosen), dtype=np.int64)
-
-
-def _read_h5ad(path: Path, *, backed: bool = False) -> anndata.AnnData:
-    hint = "[data] path in site.toml must name an AnnData .h5ad file"
-    if not path.is_file():
-        raise DataError(f"data file {path} does not exist", hint=hint)
-    try:
-        with warnings.catch_warnings():
-            # Remarks of anndata on old files and on names; what matters of them is checked by us
-            warnings.simplefilter("ignore")
-            return anndata.read_h5ad(path, backed="r" if backed else None)
-    except Exception as exc:  # h5py, zarr and anndata raise a dozen kinds on a file that is none of theirs
-        reason = (str(exc) or type(exc).__name__).splitlines()[0]
-        raise DataError(f"cannot read {path}: {reason}", hint=hint) from exc
-
-
-def _label_column(data: anndata.AnnData, column: str, path: Path) -> Any:
-    if column not in data.obs:
-        raise DataError(
-            f"{path} has no column {column!r} in .obs",
-            hint=f"set [data] label_column to one of: {', '.join(map(str, data.obs.columns)) or '(none there)'}",
-        )
-    return data.obs[column]
-
-
-def _choose_matrix(data: anndata.AnnData, layer: str | None, path: Path) -> Any:
-    if layer is not None and layer not in data.layers:
-        raise DataError(f"{path} has no layer {layer!r}", hint=f"its layers: {', '.join(data.layers) or '(none)'}")
-    x = data.layers[layer] if layer is not None else data.X
-    if x is None:
-        raise DataError(f"{path} holds no X", hint="set [data] layer")
-    return sp.csr_matrix(x) if sp.issparse(x) else np.asarray(x)
+        # the first eight bytes decide unless they are equal
+        ranked = rows[np.lexsort(hashes[rows].T[::-1])]
+        chosen.append(ranked[: int(len(rows) * share)])
+    return np.sort(np.concatenate(chosen))

@@ -134,8 +134,10 @@ def plan_cell_type(
     if len(labels) < 2:
         raise SpecError(f"{len(labels)} labels have enough cells at a site",
                         hint="a classifier needs two; `swarmchain run statistics` shows the counts")
+    aliases = {other: name for other, name in source.panel.aliases.items() if name in features}
     draft = CellTypeSpec(
-        name=name, panel=Panel(features=features, share_min=panel_share_min), labels=labels,
+        name=name, labels=labels, ontology=source.ontology,
+        panel=Panel(features=features, share_min=panel_share_min, names=source.panel.names, aliases=aliases),
         normalization=source.normalization, minimums=source.minimums, validation_share=source.validation_share,
         limits=limits, model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
         codec=codec, gate=gate or Gate(),

@@ -34,22 +34,35 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Panel(Strict):
-    """The features, in order, and the share of them that a site's data must hold."""
+    """The features, in order, and the share of them that a site's data must hold.
+
+    `names` pins the table of ENSEMBL ids and symbols (a blob) by which sites translate theirs. `aliases` registers
+    other names of features: the name as some sites have it = the panel's.
+    """
 
     features: Annotated[tuple[Name, ...], Field(min_length=1, max_length=FEATURES_MAX)]
     share_min: Share = 0.5
+    names: Digest | None = None
+    aliases: dict[Name, Name] = {}
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
         if len(set(self.features)) != len(self.features):
             raise ValueError("a feature stands twice in the panel")
+        strange = sorted(set(self.aliases.values()) - set(self.features))
+        if strange:
+            raise ValueError(f"the alias of {strange[0]!r} stands for no feature of the panel")
         return self
 
 
 class Normalization(Strict):
-    """The state of X: `log1p` of counts scaled to `target_sum` per cell, or `arcsinh` of X / `cofactor`."""
+    """The state of X.
 
-    kind: Literal["log1p", "arcsinh", "none"] = "log1p"
+    `log1p` of counts scaled to `target_sum` per cell; `arcsinh` of X / `cofactor` (customary: 5 for mass cytometry,
+    about 150 for flow cytometry); `proportions` of a row's total; or as it is.
+    """
+
+    kind: Literal["log1p", "arcsinh", "proportions", "none"] = "log1p"
     target_sum: Positive = 10_000.0
     cofactor: Positive = 5.0
 
@@ -67,6 +80,11 @@ class Minimums(Strict):
     donors: Annotated[int, Field(ge=0)] = 0
     cells_per_label: Annotated[int, Field(ge=1)] = 5
     donors_per_label: Annotated[int, Field(ge=0)] = 0
+class Term(Strict):
+    """What a label means: its Cell Ontology id, and the coarser label that it is a kind of."""
+
+    id: Annotated[str, Field(pattern=r"^CL:\d{7}$")] | None = None
+    parent: Name | None = None
 
 
 class Limits(Strict):
@@ -139,6 +157,7 @@ class _Spec(Strict):
 class _CellSpec(_Spec):
     panel: Panel
     labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=CLASSES_MAX)]
+    ontology: dict[Name, Term] = {}
     normalization: Normalization = Normalization()
     minimums: Minimums = Minimums()
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -147,6 +166,9 @@ class _CellSpec(_Spec):
     def _unique_labels(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label stands twice in the list")
+        ids = [term.id for term in self.ontology.values() if term.id is not None]
+        if len(set(ids)) != len(ids):
+            raise ValueError("two labels of the ontology have one Cell Ontology id")
         return self
 
 

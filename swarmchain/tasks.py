@@ -214,4 +214,4 @@ def start_parent(spec: StatisticsSpec | RehearsalSpec) -> Arrays:
 def _count(data: Any) -> dict[str, int]:
     return {"cells_train": len(data.train), "cells_validation": len(data.validation),
             "features": int(data.present.sum()), "labels_left_out": len(data.left_out),
-            "cells_left_out": sum(data.left_out.values())}
+            "cells_left_out": sum(data.left_out.values()), "cells_excluded": sum(data.excluded.values())}

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_one
 from swarmchain.checkpoint import encode_tensors
 from swarmchain.codec import encode_deltas
-from swarmchain.config import SiteConfig
+from swarmchain.config import SiteConfig, write_file
 from swarmchain.errors import SpecError, SwarmError
 from swarmchain.keeper import Keeper
 from swarmchain.layouts import contribution_layout, parameter_layout
 from swarmchain.methods import find_method
+from swarmchain.names import NAMES_BYTES_MAX
 from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
 from swarmchain.spec import CellTypeSpec, CustomSpec, RehearsalSpec, Spec, StatisticsSpec
 from swarmchain.spool import Spool
@@ -54,7 +55,16 @@ class RunWork:
         self._made: tuple[str, Arrays] = ("", {})
         self._round: RoundKey | None = None
         self._good: dict[int, Gathered] = {}
-        self.task = task or self._prepare(config, view_run)
+        self.task = task or self._prepare(self._fetch_names(config), view_run)
+
+    def _fetch_names(self, config: SiteConfig) -> SiteConfig:
+        """Settings that name the run's table of feature names, from the store, unless the site names one itself."""
+        pinned = None if isinstance(self.spec, RehearsalSpec | CustomSpec) else self.spec.panel.names
+        if pinned is None or config.data is None or config.data.feature_table is not None:
+            return config
+        path = config.work_dir / "names" / f"{pinned}.csv"
+        write_file(path, self.store.get_blob(pinned, bytes_max=NAMES_BYTES_MAX))
+        return config.model_copy(update={"data": config.data.model_copy(update={"feature_table": str(path)})})
 
     def _prepare(self, config: SiteConfig, view_run: Callable[[int], RunView]) -> Task:
         if not isinstance(self.spec, StatisticsSpec):

@@ -76,7 +76,8 @@ def describe_event(event: dict[str, Any]) -> str:
 
 def _describe_details(event: dict[str, Any]) -> str:
     if event["event"] == "run":
-        known = {"cells_train": "training cells", "cells_validation": "validation cells", "features": "features",
+        known = {"cells_train": "training cells", "cells_validation": "validation cells",
+                 "cells_excluded": "cells left out", "features": "features",
                  "parameters": "parameters"}
         return ", ".join(f"{event[key]} {words}" for key, words in known.items() if key in event)
     if event["event"] == "ended":
