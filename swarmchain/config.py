@@ -46,10 +46,15 @@ class KeysConfig(Strict):
 
 
 class DataConfig(Strict):
-    """The site's cells. `label_map` renames this site's labels to the run's; "" leaves those cells out."""
+    """The site's cells. `label_map` renames this site's labels to the run's; "" leaves those cells out.
+
+    `donor_column` and `sample_column` say whose a cell is, for runs that split by donor.
+    """
 
     path: str
     label_column: str
+    donor_column: str | None = None
+    sample_column: str | None = None
     layer: str | None = None
     state: Literal["auto", "counts", "log1p", "arcsinh", "none"] = "auto"
     label_map: dict[str, str] = {}
@@ -262,8 +267,11 @@ DATA_TOML = """\
 [data]
 # an AnnData file (.h5ad); it never leaves the site
 path = {data}
-# the column of .obs that holds the cell type
+# the column of .obs that holds the cell type, or the label of its donor
 label_column = {label_column}
+# for runs on donors: the column that says whose a cell is, and the one that tells a donor's samples apart
+{donor_line}
+{sample_line}
 # what X holds: "counts", "log1p", "arcsinh", "none" (as it is), or "auto" (told from the numbers)
 state = "auto"
 # use this layer in place of X
@@ -283,6 +291,8 @@ def render_site_toml(
     store: str,
     data: str | None = None,
     label_column: str = "",
+    donor_column: str | None = None,
+    sample_column: str | None = None,
     keystore: str = "keystore.json",
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
@@ -296,7 +306,9 @@ def render_site_toml(
     )
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     section = "" if data is None else DATA_TOML.format(
-        data=quote(data), label_column=quote(label_column), label_map=lines)
+        data=quote(data), label_column=quote(label_column), label_map=lines,
+        donor_line=f"donor_column = {quote(donor_column)}" if donor_column else '# donor_column = "donor"',
+        sample_line=f"sample_column = {quote(sample_column)}" if sample_column else '# sample_column = "sample"')
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
         keystore=quote(keystore), password_line=password, data_section=section, poll_s=poll_s, stagger_s=stagger_s,

@@ -3,7 +3,7 @@
 What X holds (counts, log1p of normalised counts, …) is told from the numbers unless site.toml says so, and brought to
 the state that the spec demands. Features that the site does not have are marked absent: after standardisation they
 are 0, which is the federated mean. Validation cells are chosen by the hash of their names, so that they are the same
-in every round and on every machine.
+in every round and on every machine; where a run splits by donor, donors are chosen, with all their cells.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from swarmchain.config import DataConfig, SiteConfig
+from swarmchain.donors import choose_validation_donors, group_samples
 from swarmchain.errors import DataError, SpecError
-from swarmchain.spec import CellSpec, Normalization, Panel
+from swarmchain.spec import CellSpec, DonorSpec, Normalization, Panel
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -36,7 +37,8 @@ LOG1P_MAX = 20.0  # log1p of more than 4e8 counts: no single cell has them
 class Cells:
     """Annotated cells of one file, X in the state that a spec demands.
 
-    `x` is [cells, features] sparse or dense, `labels` and `names` are [cells].
+    `x` is [cells, features] sparse or dense, `labels` and `names` are [cells], as are `donors` and `samples` where
+    site.toml names their columns.
     """
 
     x: Any
@@ -44,6 +46,8 @@ class Cells:
     labels: npt.NDArray[np.str_]
     names: npt.NDArray[np.str_]
     source: str
+    donors: npt.NDArray[np.str_] | None = None
+    samples: npt.NDArray[np.str_] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class SiteData:
     """One site's cells on a run's panel.
 
     Shapes: `x` float32 [cells, panel], not standardised; `y` int64 [cells], index into the run's labels; `present`
-    bool [panel]; `train` and `validation` are row numbers.
+    bool [panel]; `train` and `validation` are row numbers. Where the run splits by donor, `donors` and `samples`
+    int64 [cells] say whose a row is: indices into the site's own sorted names of donors, and into `sample_names`.
     """
 
     x: Floats
@@ -59,6 +64,9 @@ class SiteData:
     present: npt.NDArray[np.bool_]
     train: Ints
     validation: Ints
+    donors: Ints | None = None
+    samples: Ints | None = None
+    sample_names: tuple[str, ...] = ()
 
 
 def load_site_data(config: SiteConfig, spec: CellSpec) -> SiteData:
@@ -111,6 +119,8 @@ def read_cells(path: Path, config: DataConfig, normalization: Normalization) -> 
         labels=labels[keep],
         names=np.array([str(n) for n in data.obs_names], dtype=np.str_)[keep],
         source=str(path),
+        donors=_read_owners(data, config.donor_column, "donor_column", path, keep),
+        samples=_read_owners(data, config.sample_column, "sample_column", path, keep),
     )
 
 
@@ -131,11 +141,44 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
             hint='map it in site.toml: [data.label_map] "its name" = "the run\'s name", or = "" to leave it out',
         )
     y = np.array([index[label] for label in cells.labels.tolist()], dtype=np.int64)
+    if spec.split_by == "donor":
+        return select_donors(cells, spec, x=x, present=present, y=y)
     validation = choose_validation(cells.names, y, share=spec.validation_share)
     train = np.setdiff1d(np.arange(len(y)), validation)
     if len(train) == 0:
         raise DataError(f"{cells.source}: no labelled cell to train on", hint="check label_column and label_map")
     return SiteData(x=x, y=y, present=present, train=train, validation=validation)
+
+
+def select_donors(cells: Cells, spec: CellSpec, *, x: Floats, present: npt.NDArray[np.bool_], y: Ints) -> SiteData:
+    """What `select_cells` gives where a run splits by donor.
+
+    Raises
+    ------
+    DataError
+        If the rows' donors are not known, a sample has two labels, no row is left, or those to train on have too few
+        labels.
+    """
+    if cells.donors is None:
+        raise DataError(
+            f"{cells.source}: the run splits by donor, and site.toml does not say whose cells are whose",
+            hint="set [data] donor_column, and sample_column where a donor gave several samples",
+        )
+    if len(y) == 0:
+        raise DataError(f"{cells.source}: no labelled cell to train on", hint="check label_column and label_map")
+    found = group_samples(y, cells.donors, cells.donors if cells.samples is None else cells.samples,
+                          source=cells.source)
+    donors = found.donor[found.of_row]
+    held = np.isin(donors, choose_validation_donors(found, share=spec.validation_share))
+    labels = sorted(spec.labels[i] for i in set(y[~held].tolist()))
+    if isinstance(spec, DonorSpec) and len(labels) < spec.labels_min:
+        raise DataError(
+            f"{cells.source}: all donors to train on have the label {', '.join(labels)!r}; the run asks for "
+            f"{spec.labels_min} labels at each site",
+            hint="check [data] label_column, or agree on a run with a lower labels_min",
+        )
+    return SiteData(x=x, y=y, present=present, train=np.flatnonzero(~held), validation=np.flatnonzero(held),
+                    donors=donors, samples=found.of_row, sample_names=found.names)
 
 
 def select_panel(cells: Cells, panel: Panel) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -229,13 +272,22 @@ def compute_statistics(data: SiteData, *, labels: int) -> dict[str, npt.NDArray[
     """Sums over this site's training cells; layout: `layouts.statistics_layout`. Absent features contribute nothing."""
     x = data.x[data.train].astype(np.float64)
     present = data.present.astype(np.int64)
+    by_donor = {} if data.samples is None else {"samples_per_label": count_samples(data, labels=labels)}
     return {
+        **by_donor,
         "cells_per_feature": present * len(data.train),
         "cells_per_label": np.bincount(data.y[data.train], minlength=labels).astype(np.int64),
         "sites_per_feature": present,
         "sum": x.sum(axis=0),
         "sum_of_squares": (x * x).sum(axis=0),
     }
+
+
+def count_samples(data: SiteData, *, labels: int) -> Ints:
+    """Training samples of every label, [labels]."""
+    assert data.samples is not None
+    _, first = np.unique(data.samples[data.train], return_index=True)
+    return np.bincount(data.y[data.train][first], minlength=labels).astype(np.int64)
 
 
 def compute_standardization(
@@ -296,6 +348,23 @@ def _label_column(data: anndata.AnnData, column: str, path: Path) -> Any:
             hint=f"set [data] label_column to one of: {', '.join(map(str, data.obs.columns)) or '(none there)'}",
         )
     return data.obs[column]
+
+
+def _read_owners(data: anndata.AnnData, column: str | None, key: str, path: Path, keep: npt.NDArray[np.bool_]
+                 ) -> npt.NDArray[np.str_] | None:
+    """Donor or sample of every row that is kept; None where site.toml names no column."""
+    if column is None:
+        return None
+    if column not in data.obs:
+        raise DataError(
+            f"{path} has no column {column!r} in .obs",
+            hint=f"set [data] {key} to one of: {', '.join(map(str, data.obs.columns)) or '(none there)'}",
+        )
+    values = data.obs[column][keep]
+    if values.isna().any():
+        raise DataError(f"{path}: {int(values.isna().sum())} labelled cells have no {column!r}",
+                        hint=f'fill the column, or leave those cells out with [data.label_map] "label" = "" ({key})')
+    return np.array([str(v) for v in values], dtype=np.str_)
 
 
 def _choose_matrix(data: anndata.AnnData, layer: str | None, path: Path) -> Any:

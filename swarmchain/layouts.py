@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from swarmchain.merging import Codec, Merge
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
+from swarmchain.spec import GatedAttention, Model, Pseudobulk, RehearsalSpec, Spec, StatisticsSpec, TrainedSpec
 
 SCALE = ":scale"
 STATISTICS = ("running_mean", "running_var")
@@ -16,48 +16,64 @@ STATISTICS = ("running_mean", "running_var")
 Layout = Mapping[str, tuple[Literal["float32", "float64", "int64", "float16", "int8"], tuple[int, ...]]]
 
 
-def statistics_layout(features: int, labels: int) -> Layout:
+def statistics_layout(features: int, labels: int, *, by_donor: bool = False) -> Layout:
     """Tensors of a statistics contribution and checkpoint; sums are over training cells."""
+    samples: Layout = {"samples_per_label": ("int64", (labels,))} if by_donor else {}
     return {
         "cells_per_feature": ("int64", (features,)),
         "cells_per_label": ("int64", (labels,)),
+        **samples,
         "sites_per_feature": ("int64", (features,)),
         "sum": ("float64", (features,)),
         "sum_of_squares": ("float64", (features,)),
     }
 
 
-def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+def state_layout(spec: TrainedSpec | RehearsalSpec) -> Layout:
     """Tensors of the network: parameters and buffers.
 
     `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
-    batch normalisation after layer i, [out] each.
+    batch normalisation after layer i, [out] each. A model of sets has `encoder.<i>` in front, applied to every cell, and
+    gated attention has `attention.<part>`: `content` and `gate` [units, width], `score` [1, units].
     """
     if isinstance(spec, RehearsalSpec):
-        widths = list(spec.widths)
-    else:
-        widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
+        return dict(sorted(_linear_layers("layers", spec.widths).items()))
+    width, outputs, model = len(spec.panel.features), len(spec.labels), spec.model
     layout: dict[str, Any] = {}
-    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-        layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
-        layout[f"layers.{i}.bias"] = ("float32", (width_out,))
-    if isinstance(spec, CellTypeSpec) and spec.model.batch_norm:
-        for i, width in enumerate(spec.model.hidden):
-            layout |= {f"norms.{i}.{name}": ("float32", (width,)) for name in ("weight", "bias", *STATISTICS)}
-            layout[f"norms.{i}.num_batches_tracked"] = ("int64", ())
+    if isinstance(model, Model):
+        if model.batch_norm:
+            for i, units in enumerate(model.hidden):
+                layout |= {f"norms.{i}.{name}": ("float32", (units,)) for name in ("weight", "bias", *STATISTICS)}
+                layout[f"norms.{i}.num_batches_tracked"] = ("int64", ())
+    elif not isinstance(model, Pseudobulk):
+        layout |= _linear_layers("encoder", (width, *model.encoder))
+        width = model.encoder[-1]
+    if isinstance(model, GatedAttention):
+        for part, shape in (("content", (model.attention, width)), ("gate", (model.attention, width)),
+                            ("score", (1, model.attention))):
+            layout |= {f"attention.{part}.weight": ("float32", shape), f"attention.{part}.bias": ("float32", shape[:1])}
+    layout |= _linear_layers("layers", (width, *model.hidden, outputs))
     return dict(sorted(layout.items()))
 
 
-def local_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+def _linear_layers(name: str, widths: Sequence[int]) -> dict[str, Any]:
+    layout: dict[str, Any] = {}
+    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
+        layout[f"{name}.{i}.weight"] = ("float32", (width_out, width_in))
+        layout[f"{name}.{i}.bias"] = ("float32", (width_out,))
+    return layout
+
+
+def local_layout(spec: TrainedSpec | RehearsalSpec) -> Layout:
     """Tensors of the network that every site keeps to itself."""
-    if isinstance(spec, RehearsalSpec):
+    if isinstance(spec, RehearsalSpec) or not isinstance(spec.model, Model):
         return {}
     prefixes = {"norms": "norms.", "head": f"layers.{len(spec.model.hidden)}."}
     kept = tuple(prefixes[part] for part in spec.model.local)
     return {name: entry for name, entry in state_layout(spec).items() if kept and name.startswith(kept)}
 
 
-def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
+def parameter_layout(spec: TrainedSpec | RehearsalSpec) -> Layout:
     """Tensors that a contribution holds the deltas of, and a merge moves.
 
     Those are all floating-point tensors of the network that are not local. Batch normalisation's running means and
@@ -68,7 +84,7 @@ def parameter_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
     return {name: entry for name, entry in state_layout(spec).items() if entry[0] == "float32" and name not in local}
 
 
-def constant_layout(spec: CellTypeSpec) -> Layout:
+def constant_layout(spec: TrainedSpec) -> Layout:
     """Tensors that every checkpoint of a run carries unchanged: the panel's federated mean and SD."""
     features = len(spec.panel.features)
     return {"standardize.mean": ("float32", (features,)), "standardize.scale": ("float32", (features,))}
@@ -77,7 +93,7 @@ def constant_layout(spec: CellTypeSpec) -> Layout:
 def contribution_layout(spec: Spec) -> Layout:
     """Tensors of one site's contribution; with the codec `int8`, `<name>:scale` is what a unit stands for."""
     if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
+        return statistics_layout(len(spec.panel.features), len(spec.labels), by_donor=spec.split_by == "donor")
     return code_layout(parameter_layout(spec), spec.codec)
 
 
@@ -104,8 +120,8 @@ def is_statistic(name: str) -> bool:
 def checkpoint_layout(spec: Spec) -> Layout:
     """Tensors of the run's checkpoints."""
     if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
+        return statistics_layout(len(spec.panel.features), len(spec.labels), by_donor=spec.split_by == "donor")
     layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
-    if isinstance(spec, CellTypeSpec):
+    if not isinstance(spec, RehearsalSpec):
         layout |= constant_layout(spec)
     return dict(sorted(layout.items()))
