@@ -11,7 +11,8 @@ What a spec does not hold: anything about one site (that is `config`), and the w
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -231,6 +232,7 @@ class RehearsalSpec(_Spec):
 TrainedSpec = CellTypeSpec | DonorSpec
 CellSpec = StatisticsSpec | TrainedSpec
 Spec = CellSpec | RehearsalSpec
+_DONOR_MODELS: TypeAdapter[DonorModel] = TypeAdapter(DonorModel)
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
 
 
@@ -250,6 +252,14 @@ def parse_spec(data: bytes) -> Spec:
         raise SpecError(
             f"not a spec: {first_problem(exc)}", hint="`swarmchain run new` writes a valid one to start from"
         ) from exc
+
+
+def parse_donor_model(settings: Mapping[str, Any]) -> DonorModel:
+    """A model for donors from plain values. Raises `SpecError`."""
+    try:
+        return _DONOR_MODELS.validate_json(encode_canonical(dict(settings)))
+    except ValidationError as exc:
+        raise SpecError(f"model: {first_problem(exc)}") from exc
 
 
 def encode_spec(spec: Spec) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.new_donor import donor
 from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
@@ -45,20 +46,24 @@ def new() -> None:
     """Write a spec to propose."""
 
 
+new.add_command(donor)
+
+
 @new.command(epilog=example(
     "swarmchain run new statistics --card north/site-card.json --card east/site-card.json",
     "--card south/site-card.json --out statistics.json"))
 @click.option("--card", "cards", type=click.Path(path_type=Path), multiple=True, required=True,
               help="A site's card; repeatable.")
 @click.option("--name", default="statistics", show_default=True, help="What the sites call it.")
+@click.option("--by-donor", is_flag=True, help="Split by donor, and count samples: for runs on donors.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
+def statistics(cards: tuple[Path, ...], name: str, by_donor: bool, out: Path) -> None:
     """A run that sums means, SDs and class counts over the sites."""
     from swarmchain.planning import plan_statistics
     from swarmchain.spec import encode_spec
 
     found = [read_site_card(path) for path in cards]
-    spec = plan_statistics(found, name=name, sites_to_start=len(found))
+    spec = plan_statistics(found, name=name, sites_to_start=len(found), split_by="donor" if by_donor else "cell")
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels")
 
