@@ -62,6 +62,8 @@ def compute_statistics(data: SiteData, spec: StatisticsSpec) -> dict[str, npt.ND
         "sites_per_feature": present,
         "sites_per_label": (cells > 0).astype(np.int64),
     }
+    if spec.split_by == "donor":
+        found["samples_per_label"] = count_samples(data, labels=labels)
     is_log = spec.normalization.kind == "log1p"
     sums = _sum_cells(data, is_log=is_log)
     if not np.isfinite(sums).all():
@@ -69,6 +71,13 @@ def compute_statistics(data: SiteData, spec: StatisticsSpec) -> dict[str, npt.ND
     names = [f"{prefix}{name}{part}" for prefix in (("", "expm1_") if is_log else ("",))
              for name in ("sum", "sum_of_squares") for part in ("", LOW)]
     return found | dict(zip(names, sums, strict=True))
+
+
+def count_samples(data: SiteData, *, labels: int) -> npt.NDArray[np.int64]:
+    """Training samples of every label, [labels]."""
+    assert data.samples is not None
+    _, first = np.unique(data.samples[data.train], return_index=True)
+    return np.bincount(data.y[data.train][first], minlength=labels).astype(np.int64)
 
 
 def compute_moments(statistics: Arrays, prefix: Prefix = "") -> tuple[Floats, Floats]:

@@ -31,7 +31,7 @@ from swarmchain.layouts import contribution_layout
 from swarmchain.protocol import Manifest, Outcome, RoundKey, RunView
 from swarmchain.replay import read_history, rebuild
 from swarmchain.rules import Replica, Round
-from swarmchain.spec import CellTypeSpec, CustomSpec, RehearsalSpec, Spec, StatisticsSpec
+from swarmchain.spec import CustomSpec, RehearsalSpec, Spec, StatisticsSpec, TrainedSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 from swarmchain.tasks import check_standardization, start_parent
@@ -186,12 +186,12 @@ class _Replay:
             self.spec = read_spec(self.store, self.run.spec)
             self.audit.name, self.audit.task = self.spec.name, self.spec.task
             self.sound.add(self.run.spec)
-            if isinstance(self.spec, CellTypeSpec | CustomSpec):
+            if isinstance(self.spec, TrainedSpec | CustomSpec):
                 self.named[self.spec.seed_checkpoint] = "the seed checkpoint"
                 seed = read_checkpoint(self.store, self.spec.seed_checkpoint, self.spec)
                 self.sound.add(self.spec.seed_checkpoint)
                 self.parent = (self.spec.seed_checkpoint, seed)
-                if isinstance(self.spec, CellTypeSpec):
+                if isinstance(self.spec, TrainedSpec):
                     self._check_statistics(self.spec, seed, replica)
             elif isinstance(self.spec, RehearsalSpec):
                 self.parent = (NO_PARENT, start_parent(self.spec))
@@ -199,7 +199,7 @@ class _Replay:
             self.audit.findings.append(f"the run's law: {exc.message}")
         return self.spec is not None
 
-    def _check_statistics(self, spec: CellTypeSpec, seed: Arrays, replica: Replica) -> None:
+    def _check_statistics(self, spec: TrainedSpec, seed: Arrays, replica: Replica) -> None:
         """The statistics that the spec stands on must be on record, and the seed standardise as they say."""
         named = spec.statistics
         check_statistics(spec, replica.view_run(named.run, now=self.now))

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swarmchain.agreement import standardize
+from swarmchain.agreement import count_samples, standardize
 from swarmchain.certify import Arrays
 from swarmchain.data import SiteData
 from swarmchain.metrics import compute_f1, summarize_f1
 from swarmchain.model import build_model, load_state, predict_probabilities
-from swarmchain.spec import CellTypeSpec
+from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
 from swarmchain.trainer import prepare_training, train_round
 
 Ints = npt.NDArray[np.int64]
@@ -34,12 +34,14 @@ def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
     return called
 
 
-def train_alone(data: SiteData, seed: Arrays, spec: CellTypeSpec, *, site: int, rounds: int) -> dict[str, Any]:
+def train_alone(data: SiteData, seed: Arrays, spec: TrainedSpec, *, site: int, rounds: int) -> dict[str, Any]:
     """Parameters after `rounds` of one site's local training without any merge, from the seed checkpoint.
 
     Class balance is by this site's own counts, since alone it knows no others.
     """
-    counts = np.bincount(data.y[data.train], minlength=len(spec.labels))
+    labels = len(spec.labels)
+    counts = count_samples(data, labels=labels) if isinstance(spec, DonorSpec) \
+        else np.bincount(data.y[data.train], minlength=labels)
     cells = prepare_training(data, spec, seed, counts)
     parameters = {name: np.asarray(value) for name, value in seed.items() if not name.startswith("standardize.")}
     for round_id in range(1, rounds + 1):
@@ -50,19 +52,31 @@ def train_alone(data: SiteData, seed: Arrays, spec: CellTypeSpec, *, site: int, 
 
 
 def pool(parts: Sequence[SiteData], constants: Arrays) -> SiteData:
-    """All sites' cells in one place. Features that a site lacks are the federated mean."""
+    """All sites' cells in one place. Features that a site lacks are the federated mean; donors stay each site's own."""
     filled = []
     for part in parts:
         x = part.x.copy()
         x[:, ~part.present] = constants["standardize.mean"][~part.present]
         filled.append(x)
     starts = np.cumsum([0, *(len(part.y) for part in parts[:-1])])
+    owners: dict[str, Any] = {}
+    if all(part.donors is not None for part in parts):
+        owners = {"donors": _renumber([part.donors for part in parts]),
+                  "samples": _renumber([part.samples for part in parts]),
+                  "sample_names": tuple(name for part in parts for name in part.sample_names)}
     return SiteData(
         x=np.concatenate(filled), y=np.concatenate([part.y for part in parts]),
         present=np.ones(filled[0].shape[1], dtype=np.bool_),
         train=np.concatenate([part.train + start for part, start in zip(parts, starts, strict=True)]),
         validation=np.concatenate([part.validation + start for part, start in zip(parts, starts, strict=True)]),
+        **owners,
     )
+
+
+def _renumber(parts: Sequence[Any]) -> Ints:
+    """Numbers of several sites in one count: each site's follow on those of the sites before it."""
+    starts = np.cumsum([0, *(int(part.max()) + 1 for part in parts[:-1])])
+    return np.concatenate([part + start for part, start in zip(parts, starts, strict=True)])
 
 
 def predict_linear(pooled: SiteData, constants: Arrays, test_x: Floats) -> Ints:

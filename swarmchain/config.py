@@ -52,13 +52,15 @@ class DataConfig(Strict):
 
     `label_map` renames this site's labels to the run's ("" leaves those cells out); `label_file` does so from a table.
     `labels` is a table beside the cells where the file itself has no columns (its column `labels_key`, or else the
-    first, names the cells); `where` keeps the cells whose columns
-    hold these values. `total_column` is the feature that holds a row's total, for proportions.
+    first, names the cells); `where` keeps the cells whose columns hold these values. `donor_column` and `sample_column`
+    say whose a cell is, for runs that split by donor. `total_column` is the feature that holds a row's total, for
+    proportions.
     """
 
     path: str
     label_column: str
     donor_column: str | None = None
+    sample_column: str | None = None
     labels: str | None = None
     labels_key: str | None = None
     where: dict[str, str] = {}
@@ -292,10 +294,12 @@ DATA_TOML = """\
 [data]
 # .h5ad, .zarr, .fcs or a folder of them, a 10x folder or .h5, a .csv or .tsv table; it never leaves the site
 path = {data}
-# the column of .obs (or of `labels`) that holds the cell type
+# the column of .obs (or of `labels`) that holds the cell type, or the label of its donor
 label_column = {label_column}
-# the column that holds the donor; of FCS files each is a donor where none is named
-# donor_column = "donor"
+# for runs on donors: the column that says whose a cell is (of FCS files each is a donor where none is named), and the
+# one that tells a donor's samples apart
+{donor_line}
+{sample_line}
 # a table of labels where the file has none; its first column (or labels_key) names the cell, or the FCS file
 {labels_line}
 # what X holds: "counts", "log1p", "arcsinh", "intensities" (cytometry as measured), "proportions", "none" (as it is),
@@ -343,6 +347,8 @@ def render_site_toml(
     data: str | None = None,
     label_column: str = "",
     labels: str | None = None,
+    donor_column: str | None = None,
+    sample_column: str | None = None,
     keystore: str = "keystore.json",
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
@@ -357,7 +363,9 @@ def render_site_toml(
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     section = "" if data is None else DATA_TOML.format(
         data=quote(data), label_column=quote(label_column), label_map=lines,
-        labels_line=f"labels = {quote(labels)}" if labels else '# labels = "labels.csv"')
+        labels_line=f"labels = {quote(labels)}" if labels else '# labels = "labels.csv"',
+        donor_line=f"donor_column = {quote(donor_column)}" if donor_column else '# donor_column = "donor"',
+        sample_line=f"sample_column = {quote(sample_column)}" if sample_column else '# sample_column = "sample"')
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
         keystore=quote(keystore), password_line=password, data_section=section, poll_s=poll_s, stagger_s=stagger_s,

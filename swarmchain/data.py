@@ -3,7 +3,8 @@
 `readers` opens the file, `names` and `labels` say what its features and cells are called in the run, `normalization`
 brings X to the state that the spec demands; here they meet, block by block. Features that the site does not have are
 marked absent: after standardisation they are 0, which is the federated mean. Validation cells are chosen by the hash of
-their names, so that they are the same in every round and on every machine.
+their names, so that they are the same in every round and on every machine; where a run splits by donor, donors are
+chosen, with all their cells.
 """
 
 from __future__ import annotations
@@ -19,13 +20,23 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from swarmchain.config import DataConfig, SiteConfig
+from swarmchain.donors import Samples, choose_validation_donors, group_samples
 from swarmchain.errors import DataError
 from swarmchain.labels import LabelMap, check_ids, encode_labels, explain_unmapped, read_label_map
 from swarmchain.names import Naming, read_name_table, rename_features
 from swarmchain.normalization import choose_state, normalize
 from swarmchain.readers import open_source
-from swarmchain.source import Source, check_names, find_rows, iterate_blocks, read_column, read_donors, read_sample
-from swarmchain.spec import CellSpec, Minimums, Normalization, Panel
+from swarmchain.source import (
+    Source,
+    check_names,
+    find_rows,
+    iterate_blocks,
+    read_column,
+    read_donors,
+    read_sample,
+    read_samples,
+)
+from swarmchain.spec import CellSpec, DonorSpec, Minimums, Normalization, Panel
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -37,7 +48,8 @@ HASHED_AT_ONCE = 1 << 16
 class Cells:
     """Annotated cells of one file, X in the state that a spec demands.
 
-    `x` is [cells, features] sparse or dense; `labels`, `names` and, where a column names them, `donors` are [cells].
+    `x` is [cells, features] sparse or dense; `labels` and `names` are [cells], as are `donors` and `samples` where
+    columns name them.
     `excluded` counts the cells of labels that were left out, by the site's own labels; `ids` are Cell Ontology ids of
     labels; `unmapped` says what becomes of labels that are not on a run's list.
     """
@@ -48,6 +60,7 @@ class Cells:
     names: npt.NDArray[np.str_]
     source: str
     donors: npt.NDArray[np.str_] | None = None
+    samples: npt.NDArray[np.str_] | None = None
     excluded: Mapping[str, int] = field(default_factory=dict)
     ids: Mapping[str, str] = field(default_factory=dict)
     unmapped: Literal["refuse", "exclude"] = "refuse"
@@ -59,8 +72,9 @@ class SiteData:
 
     Shapes: `x` float32 [cells, panel], not standardised; `y` int64 [cells], index into the run's labels; `present`
     bool [panel]; `train` and `validation` are row numbers; `donors` int64 [cells] numbers the donors, None if they are
-    not known. `excluded` counts the cells of labels that are not the run's, `left_out` those of every label of which
-    the site has too few (see `spec.Minimums`); neither are among the rows.
+    not known; where the run splits by donor, `samples` int64 [cells] is an index into `sample_names`. `excluded`
+    counts the cells of labels that are not the run's, `left_out` those of every label of which the site has too few
+    (see `spec.Minimums`); neither are among the rows.
     """
 
     x: Floats
@@ -69,6 +83,8 @@ class SiteData:
     train: Ints
     validation: Ints
     donors: Ints | None = None
+    samples: Ints | None = None
+    sample_names: tuple[str, ...] = ()
     excluded: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -144,10 +160,11 @@ def read_cells(
             raise DataError(f"{path}: [data.where] leaves no labelled cell", hint="check its columns and values")
         features, kept = name_features(source, config, panel)
         x = _read_matrix(source, config, normalization, keep=keep, columns=kept)
-        donors = read_donors(source, config)
+        donors, samples = read_donors(source, config), read_samples(source, config)
         return Cells(
             x=x, features=tuple(features[i] for i in kept), labels=labels[keep], names=source.cells[keep],
             source=str(path), donors=None if donors is None else donors[keep], excluded=excluded,
+            samples=None if samples is None else samples[keep],
             ids={mapping.get_shared(label): term for label, term in mapping.ids.items()}, unmapped=config.unmapped,
         )
 
@@ -229,9 +246,7 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
     """
     check_ids(cells.ids, spec, source=cells.source)
     cells = drop_unknown(cells, spec)
-    is_train = np.ones(len(cells.names), dtype=np.bool_)
-    codes = np.unique(cells.labels, return_inverse=True)[1].astype(np.int64)
-    is_train[choose_validation(cells.names, codes, share=spec.validation_share)] = False
+    is_train = _choose_training(cells, spec)
     few = count_few(cells, is_train, spec.minimums)
     if few:
         keep = ~np.isin(cells.labels, list(few))
@@ -244,7 +259,54 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
     data = SiteData(x=x, y=y, present=present, train=np.flatnonzero(is_train), validation=np.flatnonzero(~is_train),
                     donors=donors, excluded=cells.excluded, left_out=few)
     check_minimums(data, spec.minimums, source=cells.source)
-    return data
+    if spec.split_by == "cell":
+        return data
+    samples = group_cells(cells)
+    if isinstance(spec, DonorSpec):
+        check_labels(y[is_train], spec, source=cells.source)
+    return replace(data, samples=samples.of_row, sample_names=samples.names)
+
+
+def _choose_training(cells: Cells, spec: CellSpec) -> npt.NDArray[np.bool_]:
+    """Which cells are for training, [cells]: all but the validation cells, or those of the validation donors."""
+    if spec.split_by == "donor":
+        samples = group_cells(cells)
+        donors = choose_validation_donors(samples, share=spec.validation_share)
+        chosen: npt.NDArray[np.bool_] = ~np.isin(samples.donor[samples.of_row], donors)
+        return chosen
+    is_train = np.ones(len(cells.names), dtype=np.bool_)
+    codes = np.unique(cells.labels, return_inverse=True)[1].astype(np.int64)
+    is_train[choose_validation(cells.names, codes, share=spec.validation_share)] = False
+    return is_train
+
+
+def group_cells(cells: Cells) -> Samples:
+    """The donors' samples, with labels as numbers in their order.
+
+    Raises
+    ------
+    DataError
+        If a cell's donor is not known, or a sample has two labels or two donors.
+    """
+    if cells.donors is None or (cells.donors == "").any():
+        unknown = "whose cells are whose" if cells.donors is None else (
+            f"whose {int((cells.donors == '').sum())} of its labelled cells are")
+        raise DataError(f"{cells.source}: the run splits by donor, and nothing tells {unknown}",
+                        hint="set [data] donor_column, and sample_column where a donor gave several samples")
+    codes = np.unique(cells.labels, return_inverse=True)[1].astype(np.int64)
+    return group_samples(codes, cells.donors, cells.donors if cells.samples is None else cells.samples,
+                         source=cells.source)
+
+
+def check_labels(y: Ints, spec: DonorSpec, *, source: str) -> None:
+    """Whether a site's training donors have enough labels between them. Raises `DataError` if not."""
+    labels = sorted(spec.labels[i] for i in np.unique(y))
+    if len(labels) < spec.labels_min:
+        raise DataError(
+            f"{source}: all donors to train on have the label {', '.join(labels)!r}; the run asks for "
+            f"{spec.labels_min} labels at each site",
+            hint="check [data] label_column, or agree on a run with a lower labels_min",
+        )
 
 
 def drop_unknown(cells: Cells, spec: CellSpec) -> Cells:
@@ -265,7 +327,8 @@ def drop_unknown(cells: Cells, spec: CellSpec) -> Cells:
 def take_cells(cells: Cells, keep: npt.NDArray[np.bool_]) -> Cells:
     """The cells that `keep`, [cells], marks."""
     return replace(cells, x=cells.x[keep], labels=cells.labels[keep], names=cells.names[keep],
-                   donors=None if cells.donors is None else cells.donors[keep])
+                   donors=None if cells.donors is None else cells.donors[keep],
+                   samples=None if cells.samples is None else cells.samples[keep])
 
 
 def count_few(cells: Cells, is_train: npt.NDArray[np.bool_], minimums: Minimums) -> dict[str, int]:

@@ -56,6 +56,8 @@ class Dealt:
     test: dict[str, Path]
     label_column: str
     umap: dict[str, tuple[float, float]]
+    donor_column: str | None = None
+    sample_column: str | None = None
 
 
 def deal_pbmc(folder: Path, *, seed: int) -> Dealt:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from swarmchain.merging import Codec, Merge
-from swarmchain.spec import CellTypeSpec, CustomSpec, RehearsalSpec, Spec, StatisticsSpec
+from swarmchain.spec import (
+    CustomSpec,
+    GatedAttention,
+    Model,
+    NetworkSpec,
+    Pseudobulk,
+    RehearsalSpec,
+    Spec,
+    StatisticsSpec,
+    TrainedSpec,
+)
 
 SCALE = ":scale"
 STATISTICS = ("running_mean", "running_var")
@@ -22,53 +32,69 @@ def statistics_layout(spec: StatisticsSpec) -> Layout:
 
     A sum is a pair of float64: it stands for `<name>` + `<name>_low`. `sum` and `sum_of_squares` are of x, `expm1_sum`
     and `expm1_sum_of_squares` of eˣ - 1, that is of what x was before the logarithm; those are there for log1p alone.
-    `donors` is 0, as `donors_per_label` is, at sites that do not know their donors.
+    `donors` is 0, as `donors_per_label` is, at sites that do not know their donors. Samples are counted where the run
+    splits by donor.
     """
     features, labels = (len(spec.panel.features),), (len(spec.labels),)
     layout: dict[str, Any] = {"donors": ("int64", ()), "sites": ("int64", ())}
     layout |= {f"{what}_per_feature": ("int64", features) for what in ("cells", "sites")}
-    layout |= {f"{what}_per_label": ("int64", labels) for what in ("cells", "donors", "sites")}
+    counted = ("cells", "donors", "sites", *(("samples",) if spec.split_by == "donor" else ()))
+    layout |= {f"{what}_per_label": ("int64", labels) for what in counted}
     for prefix in ("", "expm1_") if spec.normalization.kind == "log1p" else ("",):
         for name in ("sum", "sum_of_squares"):
             layout |= {f"{prefix}{name}{part}": ("float64", features) for part in ("", LOW)}
     return dict(sorted(layout.items()))
 
 
-def state_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
+def state_layout(spec: NetworkSpec) -> Layout:
     """Tensors of the network: parameters and buffers.
 
     `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
-    batch normalisation after layer i, [out] each.
+    batch normalisation after layer i, [out] each. A model of sets has `encoder.<i>` in front, applied to every cell,
+    and gated attention has `attention.<part>`: `content` and `gate` [units, width], `score` [1, units].
     """
     if isinstance(spec, CustomSpec):
         return {tensor.name: (tensor.dtype, tensor.shape) for tensor in spec.tensors}
     if isinstance(spec, RehearsalSpec):
-        widths = list(spec.widths)
-    else:
-        widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
+        return dict(sorted(_linear_layers("layers", spec.widths).items()))
+    width, outputs, model = len(spec.panel.features), len(spec.labels), spec.model
     layout: dict[str, Any] = {}
-    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-        layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))
-        layout[f"layers.{i}.bias"] = ("float32", (width_out,))
-    if isinstance(spec, CellTypeSpec) and spec.model.batch_norm:
-        for i, width in enumerate(spec.model.hidden):
-            layout |= {f"norms.{i}.{name}": ("float32", (width,)) for name in ("weight", "bias", *STATISTICS)}
-            layout[f"norms.{i}.num_batches_tracked"] = ("int64", ())
+    if isinstance(model, Model):
+        if model.batch_norm:
+            for i, units in enumerate(model.hidden):
+                layout |= {f"norms.{i}.{name}": ("float32", (units,)) for name in ("weight", "bias", *STATISTICS)}
+                layout[f"norms.{i}.num_batches_tracked"] = ("int64", ())
+    elif not isinstance(model, Pseudobulk):
+        layout |= _linear_layers("encoder", (width, *model.encoder))
+        width = model.encoder[-1]
+    if isinstance(model, GatedAttention):
+        for part, shape in (("content", (model.attention, width)), ("gate", (model.attention, width)),
+                            ("score", (1, model.attention))):
+            layout |= {f"attention.{part}.weight": ("float32", shape), f"attention.{part}.bias": ("float32", shape[:1])}
+    layout |= _linear_layers("layers", (width, *model.hidden, outputs))
     return dict(sorted(layout.items()))
 
 
-def local_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
+def _linear_layers(name: str, widths: Sequence[int]) -> dict[str, Any]:
+    layout: dict[str, Any] = {}
+    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
+        layout[f"{name}.{i}.weight"] = ("float32", (width_out, width_in))
+        layout[f"{name}.{i}.bias"] = ("float32", (width_out,))
+    return layout
+
+
+def local_layout(spec: NetworkSpec) -> Layout:
     """Tensors of the network that every site keeps to itself."""
-    if isinstance(spec, RehearsalSpec):
-        return {}
     if isinstance(spec, CustomSpec):
         return {name: entry for name, entry in state_layout(spec).items() if name.startswith(spec.local)}
+    if isinstance(spec, RehearsalSpec) or not isinstance(spec.model, Model):
+        return {}
     prefixes = {"norms": "norms.", "head": f"layers.{len(spec.model.hidden)}."}
     kept = tuple(prefixes[part] for part in spec.model.local)
     return {name: entry for name, entry in state_layout(spec).items() if kept and name.startswith(kept)}
 
 
-def parameter_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
+def parameter_layout(spec: NetworkSpec) -> Layout:
     """Tensors that a contribution holds the deltas of, and a merge moves.
 
     Those are all floating-point tensors of the network that are not local. Batch normalisation's running means and
@@ -79,7 +105,7 @@ def parameter_layout(spec: CellTypeSpec | RehearsalSpec | CustomSpec) -> Layout:
     return {name: entry for name, entry in state_layout(spec).items() if entry[0] == "float32" and name not in local}
 
 
-def constant_layout(spec: CellTypeSpec) -> Layout:
+def constant_layout(spec: TrainedSpec) -> Layout:
     """Tensors that every checkpoint of a run carries unchanged: the panel's federated mean and SD."""
     features = len(spec.panel.features)
     return {"standardize.mean": ("float32", (features,)), "standardize.scale": ("float32", (features,))}
@@ -117,6 +143,6 @@ def checkpoint_layout(spec: Spec) -> Layout:
     if isinstance(spec, StatisticsSpec):
         return statistics_layout(spec)
     layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
-    if isinstance(spec, CellTypeSpec):
+    if isinstance(spec, TrainedSpec):
         layout |= constant_layout(spec)
     return dict(sorted(layout.items()))

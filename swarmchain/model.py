@@ -1,4 +1,4 @@
-"""The network: a perceptron from a panel of features to cell types.
+"""The network: a perceptron from a panel of features to labels; those for bags of cells are in `bags`.
 
 Legend: N cells, F features of the panel, H hidden units, C labels. Parameters and buffers carry
 the names of `layouts.state_layout`: `layers.<i>.weight` [out, in], `layers.<i>.bias` [out], `norms.<i>.…` [out].
@@ -15,9 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from swarmchain.bags import SetNetwork
+from swarmchain.errors import DataError, SpecError
 from swarmchain.layouts import state_layout
 from swarmchain.protocol import derive_seed
-from swarmchain.spec import CellTypeSpec
+from swarmchain.spec import DonorSpec, Model, TrainedSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -39,8 +41,10 @@ class Perceptron(nn.Module):
         return logits
 
 
-def build_model(spec: CellTypeSpec) -> Perceptron:
+def build_model(spec: TrainedSpec) -> Perceptron | SetNetwork:
     """The spec's network with arbitrary weights; load some before use."""
+    if not isinstance(spec.model, Model):
+        return SetNetwork(spec.model, len(spec.panel.features), len(spec.labels))
     widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
     return Perceptron(widths, dropout=spec.model.dropout, batch_norm=spec.model.batch_norm)
 
@@ -57,7 +61,7 @@ def read_state(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
     return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
-def draw_state(spec: CellTypeSpec) -> dict[str, npt.NDArray[Any]]:
+def draw_state(spec: TrainedSpec) -> dict[str, npt.NDArray[Any]]:
     """Weights of a seed checkpoint: uniform in ±√(6 / inputs) (He et al. 2015, eq. 10), biases 0.
 
     Normalisation layers start with weight 1, bias 0, mean 0 and variance 1.
@@ -77,8 +81,37 @@ def draw_state(spec: CellTypeSpec) -> dict[str, npt.NDArray[Any]]:
 
 
 def predict_probabilities(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Class probabilities [N, C] of standardised cells [N, F]."""
+    """Class probabilities [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
     model.eval()
     with torch.no_grad():
         probabilities: npt.NDArray[np.float32] = torch.softmax(model(torch.tensor(x)), dim=1).numpy()
     return probabilities
+
+
+def compute_attention(state: Arrays, bag: npt.NDArray[np.float32], spec: DonorSpec) -> npt.NDArray[np.float32]:
+    """How much each cell counts for the call of its sample, [N]; sums to 1. `bag` is one sample's [N, F], standardised.
+
+    Raises
+    ------
+    SpecError
+        If the run's model has no attention.
+    DataError
+        If the bag is empty.
+    """
+    model = build_model(spec)
+    if not isinstance(model, SetNetwork) or model.attention is None:
+        raise SpecError(f"a model of kind {spec.model.kind} has no attention",
+                        hint="train one with `swarmchain run new donor --model attention`")
+    if len(bag) == 0:
+        raise DataError("an empty bag: the sample has no cells", hint="leave the sample out")
+    load_state(model, state)
+    model.eval()
+    with torch.no_grad():
+        weights: npt.NDArray[np.float32] = model.attention(model.encode(torch.tensor(bag)[None]))[0].numpy()
+    return weights
+
+
+def sum_attention(weights: npt.NDArray[np.float32], kinds: npt.NDArray[np.str_]) -> dict[str, float]:
+    """Attention by kind of cell, the largest first: which cells carried the call. Both are [N]."""
+    totals = {str(kind): float(weights[kinds == kind].sum(dtype=np.float64)) for kind in np.unique(kinds)}
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))

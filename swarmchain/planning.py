@@ -7,7 +7,7 @@ finalized checkpoint then fixes panel, standardisation and class balance of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from swarmchain.model import draw_state
 from swarmchain.protocol import RunView, compute_digest
 from swarmchain.spec import (
     CellTypeSpec,
+    DonorModel,
+    DonorSpec,
     Gate,
     Limits,
     Minimums,
@@ -41,12 +43,14 @@ from swarmchain.spec import (
 )
 from swarmchain.store import Store, read_checkpoint, read_spec
 
+S = TypeVar("S", CellTypeSpec, DonorSpec)
+
 
 def plan_statistics(
     cards: Sequence[SiteCard], *, name: str, sites_to_start: int, normalization: Normalization | None = None,
-    minimums: Minimums | None = None,
+    minimums: Minimums | None = None, split_by: Literal["cell", "donor"] = "cell",
 ) -> StatisticsSpec:
-    """A statistics run over all features and labels that the cards name.
+    """A statistics run over all features and labels that the cards name; for runs on donors, `split_by` = `donor`.
 
     Raises
     ------
@@ -59,7 +63,7 @@ def plan_statistics(
         raise SpecError(f"the site cards name {len(labels)} labels", hint="a classifier needs at least two")
     return StatisticsSpec(
         name=name, panel=Panel(features=tuple(features), share_min=0.0), labels=tuple(labels),
-        normalization=normalization or Normalization(), minimums=minimums or Minimums(),
+        normalization=normalization or Normalization(), minimums=minimums or Minimums(), split_by=split_by,
         limits=Limits(rounds=5, one_checkpoint=True, sites_to_start=sites_to_start),
     )
 
@@ -136,13 +140,48 @@ def plan_cell_type(
                         hint="a classifier needs two; `swarmchain run statistics` shows the counts")
     aliases = {other: name for other, name in source.panel.aliases.items() if name in features}
     draft = CellTypeSpec(
-        name=name, labels=labels, ontology=source.ontology,
+        name=name, labels=labels, ontology=source.ontology, split_by=source.split_by,
         panel=Panel(features=features, share_min=panel_share_min, names=source.panel.names, aliases=aliases),
         normalization=source.normalization, minimums=source.minimums, validation_share=source.validation_share,
         limits=limits, model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
         codec=codec, gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,
     )
+    return draw_seed(draft, statistics)
+
+
+def plan_donor(
+    statistics: tuple[StatisticsSpec, Arrays], view: RunView, *, model: DonorModel, bag_size: int = 64,
+    labels_min: int = 2, score: Literal["macro_f1", "auroc"] | None = None, **common: Any,
+) -> tuple[DonorSpec, bytes]:
+    """A training run on donors, and its seed checkpoint; panel and labels as in `plan_cell_type`.
+
+    Parameters
+    ----------
+    score
+        What a site's score is; by default the area under the ROC curve for two labels, else macro-F1.
+    common
+        Further arguments of `plan_cell_type`, all but its `model`.
+
+    Raises
+    ------
+    SpecError
+        If the statistics run was not split by donor, or no feature is on the panel.
+    """
+    source, _ = statistics
+    if source.split_by != "donor":
+        raise SpecError(f"statistics run {view.run} sums over cells of validation donors too",
+                        hint="`swarmchain run new statistics --by-donor` writes one that splits by donor")
+    plain, _ = plan_cell_type(statistics, view, **common)
+    shared = {name: getattr(plain, name) for name in CellTypeSpec.model_fields if name not in ("task", "model")}
+    draft = DonorSpec(**shared, model=model, bag_size=bag_size, labels_min=labels_min,
+                      score=score or ("auroc" if len(plain.labels) == 2 else "macro_f1"))
+    return draw_seed(draft, statistics)
+
+
+def draw_seed(draft: S, statistics: tuple[StatisticsSpec, Arrays]) -> tuple[S, bytes]:
+    """The spec with its seed checkpoint's digest, and the checkpoint."""
+    source, sums = statistics
     constants = compute_standardization(sums, source.panel.features, draft.panel)
     layout = checkpoint_layout(draft)
     zeros = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}

@@ -128,6 +128,23 @@ def read_donors(source: Source, config: DataConfig) -> npt.NDArray[np.str_] | No
     return np.array([*donors, ""], dtype=np.str_)[codes]
 
 
+def read_samples(source: Source, config: DataConfig) -> npt.NDArray[np.str_] | None:
+    """Each cell's sample; None where no column tells a donor's samples apart.
+
+    Raises
+    ------
+    DataError
+        If a cell has none.
+    """
+    if config.sample_column is None:
+        return None
+    codes, samples = encode_labels(read_column(source, config.sample_column, "sample_column"))
+    if (codes < 0).any():
+        raise DataError(f"{source.path}: {int((codes < 0).sum())} cells have no {config.sample_column!r}",
+                        hint="fill the column that [data] sample_column names")
+    return np.array(samples, dtype=np.str_)[codes]
+
+
 def find_rows(source: Source, where: Mapping[str, str]) -> npt.NDArray[np.bool_]:
     """Which cells [data.where] keeps. Raises `DataError`."""
     keep = np.ones(len(source.cells), dtype=np.bool_)

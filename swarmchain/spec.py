@@ -7,6 +7,8 @@ statistics
 cell_type
     Trains a classifier of cells on a panel of features, from a seed checkpoint that travels as a blob (layer
     initialisation is not equal on all CPUs, so a seed is never replayed elsewhere).
+donor
+    Trains a classifier of donors' samples, each a row or a bag of cells.
 rehearsal
     Needs no cells: its contributions are random numbers of a real model's size, so that chain, store, merge and vote
     can be tried before any data are there.
@@ -18,7 +20,8 @@ What a spec does not hold: anything about one site (that is `config`), and the w
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -31,6 +34,7 @@ FEATURES_MAX = 200_000
 CLASSES_MAX = 1_000
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Widths = tuple[Annotated[int, Field(ge=1, le=65_536)], ...]
 
 
 class Panel(Strict):
@@ -110,18 +114,56 @@ class Model(Strict):
     al. 2021), `head` is the last layer.
     """
 
-    hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = (128,)
+    hidden: Widths = (128,)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_norm: bool = False
     local: tuple[Literal["norms", "head"], ...] = ()
 
 
+class RowModel(Model):
+    """`Model`, for one row per donor's sample: population proportions, or bulk transcriptomes."""
+
+    kind: Literal["perceptron"] = "perceptron"
+
+
+class _SetModel(Strict):
+    hidden: Widths = ()
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Pseudobulk(_SetModel):
+    """Mean of a bag's standardised cells → hidden layers → one logit per label. No hidden layer: a linear model."""
+
+    kind: Literal["pseudobulk"] = "pseudobulk"
+
+
+class DeepSets(_SetModel):
+    """Every cell → `encoder` (ReLU after each layer); their mean → hidden layers → logits (Zaheer et al. 2017)."""
+
+    kind: Literal["deep_sets"] = "deep_sets"
+    encoder: Annotated[Widths, Field(min_length=1)] = (64,)
+
+
+class GatedAttention(_SetModel):
+    """As `DeepSets`, but a mean weighted by gated attention of `attention` units (Ilse et al. 2018, eq. 9)."""
+
+    kind: Literal["attention"] = "attention"
+    encoder: Annotated[Widths, Field(min_length=1)] = (64,)
+    attention: Annotated[int, Field(ge=1, le=65_536)] = 32
+
+
+SetModel = Pseudobulk | DeepSets | GatedAttention
+DonorModel = Annotated[RowModel | Pseudobulk | DeepSets | GatedAttention, Field(discriminator="kind")]
+
+
 class Training(Strict):
     """One site's local training in one round.
 
-    `steps` minibatches of `batch_size` cells, Adam restarted each round, learning rate `lr` decayed over the run's
-    rounds by a half cosine to `lr * lr_final_share`. `class_balance` = `inverse_sqrt` draws a cell with probability
-    proportional to 1 / sqrt(its class's count over all sites).
+    `steps` minibatches of `batch_size` cells (task `donor`: rows or bags), Adam restarted each round, learning rate
+    `lr` decayed over the run's rounds by a half cosine to `lr * lr_final_share`. `class_balance` = `inverse_sqrt` draws
+    a cell with probability proportional to 1 / sqrt(its class's count over all sites), `inverse` to 1 / count.
+    `proximal` is FedProx's μ (Li et al. 2020, eq. 2): μ/2 · ‖w - parent‖² is added to the loss, over the parameters
+    that are merged.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -131,11 +173,12 @@ class Training(Strict):
     lr_final_share: Share = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    class_balance: Literal["none", "inverse_sqrt"] = "inverse_sqrt"
+    class_balance: Literal["none", "inverse_sqrt", "inverse"] = "inverse_sqrt"
+    proximal: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Gate(Strict):
-    """A site accepts a checkpoint unless its macro-F1 on the site's validation cells falls by more than this."""
+    """A site accepts a checkpoint unless its score on the site's validation cells falls by more than this."""
 
     score_drop_max: Share = 0.5
 
@@ -161,6 +204,7 @@ class _CellSpec(_Spec):
     normalization: Normalization = Normalization()
     minimums: Minimums = Minimums()
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    split_by: Literal["cell", "donor"] = "cell"
 
     @model_validator(mode="after")
     def _unique_labels(self) -> Self:
@@ -173,7 +217,10 @@ class _CellSpec(_Spec):
 
 
 class StatisticsSpec(_CellSpec):
-    """Sums over all sites' training cells: moments per feature; cells, donors and sites per label and feature."""
+    """Sums over all sites' training cells: moments per feature; cells, donors and sites per label and feature.
+
+    With `split_by` = `donor` the training cells are those of the training donors, and samples per label are summed too.
+    """
 
     task: Literal["statistics"] = "statistics"
 
@@ -194,6 +241,29 @@ class CellTypeSpec(_TrainedSpec):
 
     task: Literal["cell_type"] = "cell_type"
     model: Model = Model()
+
+
+class DonorSpec(_TrainedSpec):
+    """A classifier of donors: the labels are of conditions or diagnoses, each sample of a donor has one.
+
+    Models of rows take every row of a site's file as a sample's; models of sets take the rows of a sample as a bag. In
+    training a bag is `bag_size` cells drawn anew each step, without replacement where the sample has so many; at
+    evaluation it is all of the sample's cells. A site takes part with training samples of at least `labels_min` labels.
+    The score is macro-F1 or, for two labels, the area under the ROC curve, over the site's validation samples.
+    """
+
+    task: Literal["donor"] = "donor"
+    split_by: Literal["donor"] = "donor"
+    model: DonorModel = RowModel()
+    bag_size: Annotated[int, Field(ge=1, le=100_000)] = 64
+    labels_min: Annotated[int, Field(ge=1, le=CLASSES_MAX)] = 2
+    score: Literal["macro_f1", "auroc"] = "macro_f1"
+
+    @model_validator(mode="after")
+    def _two_labels(self) -> Self:
+        if self.score == "auroc" and len(self.labels) != 2:
+            raise ValueError(f"score auroc is for 2 labels, not {len(self.labels)}")
+        return self
 
 
 class RehearsalSpec(_Spec):
@@ -242,8 +312,11 @@ class CustomSpec(_Spec):
         return self
 
 
-CellSpec = StatisticsSpec | CellTypeSpec
+TrainedSpec = CellTypeSpec | DonorSpec
+CellSpec = StatisticsSpec | TrainedSpec
+NetworkSpec = TrainedSpec | RehearsalSpec | CustomSpec
 Spec = CellSpec | RehearsalSpec | CustomSpec
+_DONOR_MODELS: TypeAdapter[DonorModel] = TypeAdapter(DonorModel)
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
 
 
@@ -263,6 +336,14 @@ def parse_spec(data: bytes) -> Spec:
         raise SpecError(
             f"not a spec: {first_problem(exc)}", hint="`swarmchain run new` writes a valid one to start from"
         ) from exc
+
+
+def parse_donor_model(settings: Mapping[str, Any]) -> DonorModel:
+    """A model for donors from plain values. Raises `SpecError`."""
+    try:
+        return _DONOR_MODELS.validate_json(encode_canonical(dict(settings)))
+    except ValidationError as exc:
+        raise SpecError(f"model: {first_problem(exc)}") from exc
 
 
 def encode_spec(spec: Spec) -> bytes:

@@ -20,7 +20,7 @@ from swarmchain.errors import SpecError
 from swarmchain.keeper import Keeper
 from swarmchain.layouts import checkpoint_layout, local_layout, parameter_layout
 from swarmchain.protocol import RoundKey, derive_seed
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, StatisticsSpec
+from swarmchain.spec import DonorSpec, RehearsalSpec, StatisticsSpec, TrainedSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Judgement = tuple[bool, float | None]
@@ -108,7 +108,7 @@ class CellTypeTask:
         If the site's data cannot serve the spec.
     """
 
-    def __init__(self, config: SiteConfig, spec: CellTypeSpec, source: tuple[StatisticsSpec, Arrays], seed: Arrays,
+    def __init__(self, config: SiteConfig, spec: TrainedSpec, source: tuple[StatisticsSpec, Arrays], seed: Arrays,
                  *, folder: Path) -> None:
         import torch
 
@@ -123,7 +123,8 @@ class CellTypeTask:
         source_spec, statistics = source
         constants = check_standardization(spec, source_spec, statistics, seed)
         rows = [source_spec.labels.index(label) for label in spec.labels]
-        self._cells = prepare_training(self._data, spec, constants, statistics["cells_per_label"][rows])
+        counts = statistics["samples_per_label" if isinstance(spec, DonorSpec) else "cells_per_label"]
+        self._cells = prepare_training(self._data, spec, constants, counts[rows])
 
     def describe(self) -> dict[str, int]:
         """See `Task`."""
@@ -142,7 +143,7 @@ class CellTypeTask:
         return found.deltas, found.samples, found.metrics
 
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
-        """Accept unless macro-F1 on the site's validation cells falls by more than the gate allows."""
+        """Accept unless the score on the site's validation cells falls by more than the gate allows."""
         from swarmchain.trainer import score_checkpoint
 
         own = self._kept.read(self._spec.limits.rounds) or {}
@@ -151,6 +152,15 @@ class CellTypeTask:
             return True, None
         before = score_checkpoint({**parent, **own}, self._cells, self._spec) or 0.0
         return score >= before - self._spec.gate.score_drop_max, score
+
+
+class DonorTask(CellTypeTask):
+    """Local training of a classifier of donors: the same, on rows or bags of cells, with scores as the spec says."""
+
+    def describe(self) -> dict[str, int]:
+        """See `Task`."""
+        return {**super().describe(), "samples_train": len(self._cells.train),
+                "samples_validation": len(self._cells.validation)}
 
 
 class RehearsalTask:
@@ -180,7 +190,7 @@ class RehearsalTask:
         return True, None
 
 
-def check_standardization(spec: CellTypeSpec, source: StatisticsSpec, statistics: Arrays, seed: Arrays) -> Arrays:
+def check_standardization(spec: TrainedSpec, source: StatisticsSpec, statistics: Arrays, seed: Arrays) -> Arrays:
     """Mean and SD of the panel as the statistics give them.
 
     Raises
@@ -190,7 +200,7 @@ def check_standardization(spec: CellTypeSpec, source: StatisticsSpec, statistics
     """
     from swarmchain.agreement import compute_standardization
 
-    for field in ("normalization", "minimums", "validation_share"):
+    for field in ("normalization", "minimums", "validation_share", "split_by"):
         if getattr(spec, field) != getattr(source, field):
             raise SpecError(f"{field} is not that of the statistics run {spec.statistics.run}",
                             hint="do not join this run: its cells are not those that the statistics are about")

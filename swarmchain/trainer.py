@@ -15,7 +15,6 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +23,18 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from swarmchain.agreement import standardize
 from swarmchain.config import write_file
-from swarmchain.data import SiteData
+from swarmchain.examples import BagSet, Examples, TrainingSet, prepare_training
 from swarmchain.layouts import local_layout, parameter_layout
-from swarmchain.metrics import compute_macro_f1
-from swarmchain.model import build_model, load_state, predict_probabilities, read_state
+from swarmchain.metrics import compute_auroc, compute_macro_f1
+from swarmchain.model import build_model, load_state, read_state
 from swarmchain.protocol import derive_seed
-from swarmchain.spec import CellTypeSpec, compute_spec_digest
+from swarmchain.spec import DonorSpec, TrainedSpec, compute_spec_digest
+
+__all__ = ["BagSet", "Contribution", "Examples", "Resume", "TrainingSet", "compute_loss", "prepare_training",
+           "score_checkpoint", "train_round"]
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """A site's standardised cells, ready for every round of a run.
-
-    Shapes: `x` float32 [cells, panel], `y` int64 [cells]; `draw` float64 [train cells] sums to 1.
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    train: npt.NDArray[np.int64]
-    validation: npt.NDArray[np.int64]
-    draw: npt.NDArray[np.float64]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that training reads."""
-        parts = (self.x.numpy(), self.y.numpy(), self.train, self.draw)
-        return hashlib.sha256(b"".join(hashlib.sha256(p.tobytes()).digest() for p in parts)).hexdigest()
 
 
 @dataclass
@@ -108,7 +89,7 @@ class Resume:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one round of training gives: deltas of `layouts.parameter_layout`, the number of training cells, remarks.
+    """What one round of training gives: deltas of `layouts.parameter_layout`, the number of training examples, remarks.
 
     `local` holds the tensors of `layouts.local_layout` as they are after it.
     """
@@ -119,36 +100,14 @@ class Contribution:
     local: dict[str, npt.NDArray[Any]]
 
 
-def prepare_training(
-    data: SiteData, spec: CellTypeSpec, constants: Arrays, cells_per_label: npt.NDArray[np.generic]
-) -> TrainingSet:
-    """Standardise a site's cells and weigh them for drawing.
-
-    Parameters
-    ----------
-    constants
-        `standardize.mean` and `standardize.scale`, [panel].
-    cells_per_label
-        Training cells of every class over all sites, [labels].
-    """
-    x = standardize(data.x, data.present, constants)
-    weights = np.ones(len(data.train))
-    if spec.training.class_balance == "inverse_sqrt":
-        weights = 1.0 / np.sqrt(np.maximum(cells_per_label.astype(np.float64), 1.0))[data.y[data.train]]
-    return TrainingSet(
-        x=torch.from_numpy(x), y=torch.from_numpy(data.y), train=data.train, validation=data.validation,
-        draw=weights / weights.sum(),
-    )
-
-
-def compute_learning_rate(spec: CellTypeSpec, round_id: int) -> float:
+def compute_learning_rate(spec: TrainedSpec, round_id: int) -> float:
     """Half cosine from `lr` in round 1 to `lr · lr_final_share` in the last (Loshchilov & Hutter 2017, eq. 5)."""
     progress = min(round_id - 1, spec.limits.rounds - 1) / max(spec.limits.rounds - 1, 1)
     low = spec.training.lr_final_share
     return spec.training.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round_id: int, site: int,
+def train_round(parent: Arrays, cells: Examples, spec: TrainedSpec, *, round_id: int, site: int,
                 resume: Resume | None = None) -> Contribution:
     """Train from `parent` for the spec's number of steps.
 
@@ -171,8 +130,9 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
         model.parameters(), lr=compute_learning_rate(spec, round_id), weight_decay=settings.weight_decay
     )
     loss_function = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    batches = generator.choice(cells.train, size=(settings.steps, settings.batch_size), p=cells.draw)
+    batches = cells.sample(generator, settings.steps, settings.batch_size)
     losses = np.zeros(settings.steps)
+    anchors = {name: torch.tensor(parent[name]) for name in parameter_layout(spec)} if settings.proximal else {}
 
     def identify() -> str:
         assert resume is not None
@@ -185,10 +145,12 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
     if resume is not None and resume.exists() and (found := resume.read(identify())):
         start = _restore(model, optimizer, losses, found)
     for step in range(start, settings.steps):
-        rows = batches[step]
+        inputs, labels = cells.take(batches[step])
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_function(model(cells.x[rows]), cells.y[rows])
+        loss = loss_function(model(inputs), labels)
         loss.backward()
+        if settings.proximal:
+            _pull(model, anchors, settings.proximal)
         optimizer.step()
         losses[step] = float(loss.detach())
         if resume is not None and resume.is_due():
@@ -202,6 +164,13 @@ def train_round(parent: Arrays, cells: TrainingSet, spec: CellTypeSpec, *, round
     tail = losses[-max(1, settings.steps // 4) :]
     return Contribution(deltas=deltas, samples=len(cells.train), local=local,
                         metrics={"loss": round(float(tail.mean()), 6)})
+
+
+def _pull(model: nn.Module, anchors: Mapping[str, torch.Tensor], proximal: float) -> None:
+    """Add the gradient of μ/2 · ‖w - parent‖² to that of the loss."""
+    for name, parameter in model.named_parameters():
+        if name in anchors and parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchors[name], alpha=proximal)
 
 
 def _save(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[np.float64], step: int) -> Arrays:
@@ -228,12 +197,35 @@ def _restore(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[
     return int(arrays["step"])
 
 
-def score_checkpoint(parameters: Arrays, cells: TrainingSet, spec: CellTypeSpec) -> float | None:
-    """Macro-F1 on this site's validation cells, over the classes that occur there; None without such cells."""
+def score_checkpoint(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> float | None:
+    """The spec's score of a checkpoint on this site's validation examples; None where they do not tell it.
+
+    Macro-F1 over the classes that occur there, or, where a spec on donors says so, the area under the ROC curve: None
+    then if all have the same label.
+    """
     if len(cells.validation) == 0:
         return None
+    probabilities = _predict(parameters, cells, spec)
+    truth = cells.y[cells.validation].numpy()
+    if isinstance(spec, DonorSpec) and spec.score == "auroc":
+        area = compute_auroc(truth, probabilities[:, 1])
+        return None if math.isnan(area) else area
+    return compute_macro_f1(truth, probabilities.argmax(axis=1), classes=len(spec.labels))
+
+
+def compute_loss(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> float | None:
+    """Mean cross-entropy (natural logarithm) on this site's validation examples; None without any.
+
+    Finer than a score: it moves with every change of the parameters.
+    """
+    if len(cells.validation) == 0:
+        return None
+    truth = cells.y[cells.validation].numpy()
+    likelihoods = _predict(parameters, cells, spec)[np.arange(len(truth)), truth].astype(np.float64)
+    return float(-np.log(np.maximum(likelihoods, np.finfo(np.float32).tiny)).mean())
+
+
+def _predict(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> npt.NDArray[np.float32]:
     model = build_model(spec)
     load_state(model, parameters)
-    probabilities = predict_probabilities(model, cells.x[cells.validation].numpy())
-    truth = cells.y[cells.validation].numpy()
-    return compute_macro_f1(truth, probabilities.argmax(axis=1), classes=len(spec.labels))
+    return cells.predict(model, cells.validation)

@@ -17,10 +17,10 @@ from swarmchain.layouts import contribution_layout, parameter_layout
 from swarmchain.methods import find_method
 from swarmchain.names import NAMES_BYTES_MAX
 from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
-from swarmchain.spec import CellTypeSpec, CustomSpec, RehearsalSpec, Spec, StatisticsSpec
+from swarmchain.spec import CustomSpec, DonorSpec, RehearsalSpec, Spec, StatisticsSpec, TrainedSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
-from swarmchain.tasks import Assignment, CellTypeTask, RehearsalTask, StatisticsTask, Task, start_parent
+from swarmchain.tasks import Assignment, CellTypeTask, DonorTask, RehearsalTask, StatisticsTask, Task, start_parent
 
 
 class RunWork:
@@ -80,7 +80,8 @@ class RunWork:
         source = load_statistics_source(self.store, self.spec)
         statistics = read_checkpoint(self.store, self.spec.statistics.checkpoint, source)
         seed = read_checkpoint(self.store, self.spec.seed_checkpoint, self.spec)
-        return CellTypeTask(config, self.spec, (source, statistics), seed, folder=self._folder)
+        make = DonorTask if isinstance(self.spec, DonorSpec) else CellTypeTask
+        return make(config, self.spec, (source, statistics), seed, folder=self._folder)
 
     def read_parent(self, view: RunView) -> tuple[str, Arrays]:
         """Digest and tensors of the checkpoint that the newest round starts from.
@@ -155,7 +156,7 @@ class RunWork:
             self._round, self._good = key, {}
 
 
-def load_statistics_source(store: Store, spec: CellTypeSpec) -> StatisticsSpec:
+def load_statistics_source(store: Store, spec: TrainedSpec) -> StatisticsSpec:
     """The spec of the statistics run that a training run stands on, found by the digest that the spec names."""
     source = read_spec(store, spec.statistics.spec)
     if not isinstance(source, StatisticsSpec):
@@ -163,7 +164,7 @@ def load_statistics_source(store: Store, spec: CellTypeSpec) -> StatisticsSpec:
     return source
 
 
-def check_statistics(spec: CellTypeSpec, view: RunView) -> None:
+def check_statistics(spec: TrainedSpec, view: RunView) -> None:
     """Whether the statistics that a spec names are what the consortium agreed on in that run. Raises `SpecError`."""
     named = spec.statistics
     if not view.finalized_round or (view.spec, view.checkpoint) != (named.spec, named.checkpoint):

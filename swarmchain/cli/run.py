@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.new_donor import donor
 from swarmchain.cli.statistics import FLAVORS
 from swarmchain.cli.statistics import statistics as show_statistics
 from swarmchain.cli.verify import verify
@@ -65,6 +66,9 @@ def new() -> None:
     """Write a spec to propose."""
 
 
+new.add_command(donor)
+
+
 @new.command(epilog=example(
     "swarmchain run new statistics --card north/site-card.json --card east/site-card.json",
     "--card south/site-card.json --out statistics.json"))
@@ -75,16 +79,19 @@ def new() -> None:
               show_default=True, help="The state that every site brings its values to.")
 @click.option("--cofactor", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
               help="Of arcsinh: 5 is usual for mass, 150 for flow cytometry.")
+@click.option("--by-donor", is_flag=True, help="Split by donor, and count samples: for runs on donors.")
 @minimum_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, out: Path, **minimums: int) -> None:
+def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, by_donor: bool, out: Path,
+               **minimums: int) -> None:
     """A run that sums moments and counts over the sites: for the choice of features, means, SDs and class balance."""
     from swarmchain.planning import plan_statistics
     from swarmchain.spec import Minimums, Normalization, encode_spec
 
     found = [read_site_card(path) for path in cards]
     spec = plan_statistics(found, name=name, sites_to_start=len(found), minimums=Minimums(**minimums),
-                           normalization=Normalization(kind=kind, cofactor=cofactor))
+                           normalization=Normalization(kind=kind, cofactor=cofactor),
+                           split_by="donor" if by_donor else "cell")
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels")
 

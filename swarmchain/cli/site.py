@@ -24,17 +24,21 @@ def site() -> None:
 @click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Where site.toml goes. Default: here.")
 @click.option("--data", type=click.Path(path_type=Path), required=True,
               help="The cells: .h5ad, .zarr, .fcs or a folder of them, a 10x folder or .h5, .csv or .tsv.")
-@click.option("--label-column", required=True, help="Column of .obs (or of --labels) that holds the cell type.")
+@click.option("--label-column", required=True,
+              help="Column of .obs (or of --labels) that holds the cell type, or the donor's label.")
 @click.option("--labels", type=click.Path(path_type=Path, dir_okay=False),
               help="A table of labels beside the cells, where the file itself has none.")
+@click.option("--donor-column", help="Column that says whose a cell is, for runs on donors.")
+@click.option("--sample-column", help="Column that tells one donor's samples apart.")
 @click.option("--store", required=True, help="The shared folder, or an fsspec URL.")
 @click.option("--rpc-url", default="http://127.0.0.1:8545", show_default=True, help="An Ethereum node.")
 @click.option("--deployment", type=click.Path(path_type=Path), default=Path("deployments/31337.json"),
               show_default=True, help="The consortium's deployment file; it may come later.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Else SWARMCHAIN_PASSWORD, or a prompt.")
 @json_option
-def init(name: str, folder: Path, data: Path, label_column: str, labels: Path | None, store: str, rpc_url: str,
-         deployment: Path, password_file: Path | None, as_json: bool) -> None:
+def init(name: str, folder: Path, data: Path, label_column: str, labels: Path | None, donor_column: str | None,
+         sample_column: str | None, store: str, rpc_url: str, deployment: Path, password_file: Path | None,
+         as_json: bool) -> None:
     """Write site.toml, an encrypted keystore, and the card to hand to the other sites."""
     from swarmchain.data import read_names
     from swarmchain.keys import PASSWORD_VARIABLE, create_keystore, read_password_file
@@ -57,7 +61,7 @@ def init(name: str, folder: Path, data: Path, label_column: str, labels: Path | 
     write_file(folder / "site-card.json", card.model_dump_json().encode() + b"\n")
     text = render_site_toml(
         name=name, rpc_url=rpc_url, deployment=_relative(deployment, folder), store=store,
-        data=_relative(data, folder), label_column=label_column,
+        data=_relative(data, folder), label_column=label_column, donor_column=donor_column, sample_column=sample_column,
         labels=_relative(labels, folder) if labels else None,
         password_file=_relative(password_file, folder) if password_file else None,
     )

@@ -1,0 +1,195 @@
+"""What a site trains on, ready for every round: cells or rows one by one, or the samples of donors as bags of cells.
+
+All kinds offer the same (`Examples`), so that the training loop does not know which it has. A bag is never copied: it
+is a range of row numbers, and only the cells that a step draws are gathered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from swarmchain.agreement import standardize
+from swarmchain.data import SiteData
+from swarmchain.errors import DataError
+from swarmchain.model import predict_probabilities
+from swarmchain.spec import Model, TrainedSpec
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Examples(Protocol):
+    """What the training loop and the judgement ask of a site's data."""
+
+    @property
+    def y(self) -> torch.Tensor:
+        """Labels of all examples, int64."""
+        ...
+
+    @property
+    def train(self) -> Ints:
+        """Numbers of the examples to train on."""
+        ...
+
+    @property
+    def validation(self) -> Ints:
+        """Numbers of the examples to judge by."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that training reads."""
+        ...
+
+    def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
+        """What every step of a round trains on, [steps, …]: a pure function of the generator's state."""
+        ...
+
+    def take(self, batch: Ints) -> Batch:
+        """Inputs and labels of one step, from its row of what `sample` gave."""
+        ...
+
+    def predict(self, model: nn.Module, chosen: Ints) -> Floats:
+        """Class probabilities [chosen, labels]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A site's standardised cells, or rows of donors' samples.
+
+    Shapes: `x` float32 [cells, panel], `y` int64 [cells]; `draw` float64 [train cells] sums to 1.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    train: Ints
+    validation: Ints
+    draw: npt.NDArray[np.float64]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Examples`."""
+        return _hash(self.x.numpy(), self.y.numpy(), self.train, self.draw)
+
+    def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
+        """See `Examples`; [steps, batch_size] row numbers."""
+        return generator.choice(self.train, size=(steps, batch_size), p=self.draw)
+
+    def take(self, batch: Ints) -> Batch:
+        """See `Examples`."""
+        return self.x[batch], self.y[batch]
+
+    def predict(self, model: nn.Module, chosen: Ints) -> Floats:
+        """See `Examples`."""
+        return predict_probabilities(model, self.x[chosen].numpy())
+
+
+@dataclass(frozen=True)
+class BagSet:
+    """A site's samples as bags of standardised cells.
+
+    Shapes: `x` float32 [cells, panel]; `cells` int64 [cells] are row numbers, grouped by sample: those of sample s are
+    `cells[starts[s] : starts[s + 1]]`; `y` int64 [samples]; `draw` float64 [train samples] sums to 1.
+    """
+
+    x: torch.Tensor
+    cells: Ints
+    starts: Ints
+    y: torch.Tensor
+    train: Ints
+    validation: Ints
+    draw: npt.NDArray[np.float64]
+    bag_size: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Examples`."""
+        return _hash(self.x.numpy(), self.cells, self.starts, self.y.numpy(), self.train, self.draw)
+
+    def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
+        """See `Examples`; [steps, batch_size + 1]: samples, and the seed that their cells are drawn by."""
+        samples = generator.choice(self.train, size=(steps, batch_size), p=self.draw)
+        return np.column_stack([samples, generator.integers(2**63, size=steps)])
+
+    def take(self, batch: Ints) -> Batch:
+        """See `Examples`; inputs are [batch_size, bag_size, panel]."""
+        generator = np.random.default_rng(int(batch[-1]))
+        rows = np.stack([self._draw_cells(int(sample), generator) for sample in batch[:-1]])
+        return self.x[rows], self.y[batch[:-1]]
+
+    def predict(self, model: nn.Module, chosen: Ints) -> Floats:
+        """See `Examples`; a sample's bag is all of its cells."""
+        return np.concatenate([predict_probabilities(model, self.get_bag(int(sample))[None]) for sample in chosen])
+
+    def get_bag(self, sample: int) -> Floats:
+        """All cells of a sample, [cells of it, panel]."""
+        bag: Floats = self.x[self._get_rows(sample)].numpy()
+        return bag
+
+    def compute_means(self) -> Floats:
+        """Mean of each sample's cells, [samples, panel]: its pseudobulk."""
+        return np.stack([self.get_bag(sample).mean(axis=0) for sample in range(len(self.y))])
+
+    def _get_rows(self, sample: int) -> Ints:
+        return self.cells[self.starts[sample] : self.starts[sample + 1]]
+
+    def _draw_cells(self, sample: int, generator: np.random.Generator) -> Ints:
+        rows = self._get_rows(sample)
+        return generator.choice(rows, size=self.bag_size, replace=len(rows) < self.bag_size)
+
+
+def prepare_training(
+    data: SiteData, spec: TrainedSpec, constants: Arrays, examples_per_label: npt.NDArray[np.generic]
+) -> TrainingSet | BagSet:
+    """Standardise a site's cells and weigh them, or its samples, for drawing.
+
+    Parameters
+    ----------
+    constants
+        `standardize.mean` and `standardize.scale`, [panel].
+    examples_per_label
+        Training cells (task `donor`: training samples) of every class over all sites, [labels].
+    """
+    x = torch.from_numpy(standardize(data.x, data.present, constants))
+    if isinstance(spec.model, Model):
+        draw = _weigh(data.y[data.train], spec, examples_per_label)
+        return TrainingSet(x=x, y=torch.from_numpy(data.y), train=data.train, validation=data.validation, draw=draw)
+    assert data.samples is not None
+    cells, starts = _group(data.samples, len(data.sample_names))
+    y = data.y[cells[starts[:-1]]]
+    train, validation = np.unique(data.samples[data.train]), np.unique(data.samples[data.validation])
+    return BagSet(x=x, cells=cells, starts=starts, y=torch.from_numpy(y), train=train, validation=validation,
+                  draw=_weigh(y[train], spec, examples_per_label), bag_size=spec.bag_size)
+
+
+def _weigh(y: Ints, spec: TrainedSpec, examples_per_label: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    """Probabilities of the training examples, from their labels."""
+    counts = np.maximum(examples_per_label.astype(np.float64), 1.0)
+    divisors = {"none": np.ones_like(counts), "inverse_sqrt": np.sqrt(counts), "inverse": counts}
+    weights = 1.0 / divisors[spec.training.class_balance][y]
+    draw: npt.NDArray[np.float64] = weights / weights.sum()
+    return draw
+
+
+def _group(samples: Ints, count: int) -> tuple[Ints, Ints]:
+    """Row numbers grouped by sample, and where each sample's begin, with the end: [samples + 1]."""
+    sizes = np.bincount(samples, minlength=count)
+    if not sizes.all():
+        raise DataError(f"an empty bag: sample number {int(np.argmin(sizes))} has no cells", hint="leave it out")
+    return np.argsort(samples, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _hash(*parts: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(p.tobytes()).digest() for p in parts)).hexdigest()
