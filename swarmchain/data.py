@@ -245,12 +245,18 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
         or donors are left to train on than the spec's minimums.
     """
     check_ids(cells.ids, spec, source=cells.source)
-    cells = drop_unknown(cells, spec)
     is_train = _choose_training(cells, spec)
+    # before labels are held against the run's list: one that no site has enough of is not on it
     few = count_few(cells, is_train, spec.minimums)
     if few:
         keep = ~np.isin(cells.labels, list(few))
         cells, is_train = take_cells(cells, keep), is_train[keep]
+    is_known = find_known(cells, spec)
+    if not is_known.all():
+        unknown, counts = np.unique(cells.labels[~is_known], return_counts=True)
+        excluded = dict(zip(unknown.tolist(), counts.tolist(), strict=True))
+        cells, is_train = take_cells(cells, is_known), is_train[is_known]
+        cells = replace(cells, excluded={**cells.excluded, **excluded})
     x, present = select_panel(cells, spec.panel)
     index = {label: i for i, label in enumerate(spec.labels)}
     found, inverse = np.unique(cells.labels, return_inverse=True)
@@ -309,19 +315,16 @@ def check_labels(y: Ints, spec: DonorSpec, *, source: str) -> None:
         )
 
 
-def drop_unknown(cells: Cells, spec: CellSpec) -> Cells:
-    """The cells whose labels are on the run's list. Raises `DataError` if others may not be left out."""
+def find_known(cells: Cells, spec: CellSpec) -> npt.NDArray[np.bool_]:
+    """Which cells' labels are on the run's list, [cells]. Raises `DataError` if others may not be left out."""
     found, inverse = np.unique(cells.labels, return_inverse=True)
     is_known = np.isin(found, spec.labels)
-    if is_known.all():
-        return cells
     unknown = found[~is_known].tolist()
-    if cells.unmapped == "refuse":
+    if unknown and cells.unmapped == "refuse":
         words, hint = explain_unmapped(unknown[0], cells.ids, spec)
         raise DataError(f"{cells.source}: {words} ({len(unknown)} such labels)", hint=hint)
-    counts = np.bincount(inverse, minlength=len(found))[~is_known].tolist()
-    return replace(take_cells(cells, is_known[inverse]),
-                   excluded={**cells.excluded, **dict(zip(unknown, counts, strict=True))})
+    known: npt.NDArray[np.bool_] = is_known[inverse]
+    return known
 
 
 def take_cells(cells: Cells, keep: npt.NDArray[np.bool_]) -> Cells:
