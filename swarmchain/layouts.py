@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from swarmchain.merging import Codec, Merge
-from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
+from swarmchain.spec import CellTypeSpec, EvaluationSpec, RehearsalSpec, Spec, StatisticsSpec, SumSpec
 
 SCALE = ":scale"
 STATISTICS = ("running_mean", "running_var")
@@ -25,6 +25,29 @@ def statistics_layout(features: int, labels: int) -> Layout:
         "sum": ("float64", (features,)),
         "sum_of_squares": ("float64", (features,)),
     }
+
+
+def evaluation_layout(spec: EvaluationSpec) -> Layout:
+    """Tensors of an evaluation's contribution and checkpoint; sums are over validation cells.
+
+    `confusion` counts cells by label (row) and call (column). For every temperature, `negative_log_likelihood` is the
+    sum over cells of -ln of the probability of the cell's label, and `right` and `wrong` count the calls by the bin that
+    their confidence falls into.
+    """
+    labels, temperatures = len(spec.labels), len(spec.temperatures)
+    return {
+        "confusion": ("int64", (labels, labels)),
+        "negative_log_likelihood": ("float64", (temperatures,)),
+        "right": ("int64", (temperatures, spec.bins)),
+        "wrong": ("int64", (temperatures, spec.bins)),
+    }
+
+
+def sum_layout(spec: SumSpec) -> Layout:
+    """Tensors of a run whose merge is a sum: contributions and checkpoint are alike."""
+    if isinstance(spec, StatisticsSpec):
+        return statistics_layout(len(spec.panel.features), len(spec.labels))
+    return evaluation_layout(spec)
 
 
 def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
@@ -76,8 +99,8 @@ def constant_layout(spec: CellTypeSpec) -> Layout:
 
 def contribution_layout(spec: Spec) -> Layout:
     """Tensors of one site's contribution; with the codec `int8`, `<name>:scale` is what a unit stands for."""
-    if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
+    if isinstance(spec, SumSpec):
+        return sum_layout(spec)
     return code_layout(parameter_layout(spec), spec.codec)
 
 
@@ -103,8 +126,8 @@ def is_statistic(name: str) -> bool:
 
 def checkpoint_layout(spec: Spec) -> Layout:
     """Tensors of the run's checkpoints."""
-    if isinstance(spec, StatisticsSpec):
-        return statistics_layout(len(spec.panel.features), len(spec.labels))
+    if isinstance(spec, SumSpec):
+        return sum_layout(spec)
     layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
     if isinstance(spec, CellTypeSpec):
         layout |= constant_layout(spec)

@@ -82,3 +82,13 @@ def predict_probabilities(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.N
     with torch.no_grad():
         probabilities: npt.NDArray[np.float32] = torch.softmax(model(torch.tensor(x)), dim=1).numpy()
     return probabilities
+
+
+def predict_logits(spec: CellTypeSpec, state: Arrays, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits [N, C] of standardised cells [N, F] by the spec's network with these weights."""
+    model = build_model(spec)
+    load_state(model, state)
+    model.eval()
+    with torch.no_grad():
+        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
+    return logits

@@ -11,6 +11,7 @@ from swarmchain import __version__
 from swarmchain.cli.agent import agent
 from swarmchain.cli.chain import deploy, devchain
 from swarmchain.cli.demo import demo
+from swarmchain.cli.predict import predict
 from swarmchain.cli.run import run
 from swarmchain.cli.site import site
 from swarmchain.cli.status import status
@@ -26,7 +27,7 @@ def cli() -> None:
     """Hospitals train one single-cell model together: no data shared, no one in charge, every merge verifiable."""
 
 
-for command in (demo, devchain, deploy, site, run, agent, status):
+for command in (demo, devchain, deploy, site, run, predict, agent, status):
     cli.add_command(command)
 
 
