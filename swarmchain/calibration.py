@@ -93,8 +93,7 @@ def calibrate(sums: Arrays, spec: EvaluationSpec) -> Calibration:
 
     The temperature is the one of the grid with the smallest negative log-likelihood, ties to the smaller (temperature
     scaling; Guo et al. 2017, section 4.2). The expected calibration error is the mean over cells of |share of right
-    calls - middle of the bin| over `BARS` bins (ibid., eq. 3, with the bins' middles for mean confidences, which are not
-    summed).
+    calls - mean confidence| over `BARS` bins (ibid., eq. 3); a confidence counts as the middle of its bin of the spec.
     """
     best = int(np.argmin(sums["negative_log_likelihood"]))
     right, wrong = sums["right"][best], sums["wrong"][best]

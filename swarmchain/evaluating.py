@@ -1,4 +1,4 @@
-"""The proposer's and the reader's side of an evaluation: from a finished model to the spec, and from its run to sums."""
+"""Both ends of an evaluation: from a finished model to the spec that is proposed, and from its run to the sums."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def evaluation_layout(spec: EvaluationSpec) -> Layout:
     """Tensors of an evaluation's contribution and checkpoint; sums are over validation cells.
 
     `confusion` counts cells by label (row) and call (column). For every temperature, `negative_log_likelihood` is the
-    sum over cells of -ln of the probability of the cell's label, and `right` and `wrong` count the calls by the bin that
-    their confidence falls into.
+    sum over cells of -ln of the probability of the cell's label, and `right` and `wrong` count the calls by the bin
+    that their confidence falls into.
     """
     labels, temperatures = len(spec.labels), len(spec.temperatures)
     return {

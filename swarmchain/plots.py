@@ -1,12 +1,13 @@
 """Pictures of a model, through matplotlib and scanpy: one function for each, PNG or SVG by the file's name.
 
-Colours are Okabe & Ito's, told apart by most colour-blind readers; from the ninth kind on darker ones of the same hues. The same
-numbers give the same bytes on one machine: no date, no random ids.
+Colours are Okabe & Ito's, told apart by most colour-blind readers; from the ninth kind on darker and paler ones of the
+same hues. The same numbers give the same bytes on one machine: no date, no random ids.
 """
 
 from __future__ import annotations
 
 import os
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,19 +51,18 @@ def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title:
         figure = Figure(figsize=(size + 0.9, size), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(np.ma.masked_where(confusion.sum(axis=1, keepdims=True).repeat(count, 1) == 0, shares),
-                            cmap="cividis_r", vmin=0, vmax=1)
-        axes.set_xticks(range(count), [_shorten(label) for label in labels], rotation=45, ha="right",
+                            cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(count), shorten_all(labels), rotation=45, ha="right",
                         rotation_mode="anchor")
-        axes.set_yticks(range(count), [f"{_shorten(label)} ({n:,})" for label, n in
-                                       zip(labels, confusion.sum(axis=1), strict=True)])
+        axes.set_yticks(range(count), _add_counts(labels, confusion.sum(axis=1)))
         axes.tick_params(length=0)
         small = 8 if count <= 12 else 6
         for i, j in zip(*np.nonzero(confusion), strict=True):
             axes.text(j, i, _format_share(shares[i, j]), ha="center", va="center", fontsize=small,
-                      color="white" if shares[i, j] > 0.55 else "black")
+                      color="white" if shares[i, j] > 0.6 else "black")
         axes.set_xticks(np.arange(-0.5, count), minor=True)
         axes.set_yticks(np.arange(-0.5, count), minor=True)
-        axes.grid(which="minor", color="white", linewidth=1)
+        axes.grid(which="minor", color="#cccccc", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
         axes.set(xlabel="call", ylabel="label (cells)", title=f"{title}, n = {confusion.sum():,} cells")
         figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's cells")
@@ -82,7 +82,7 @@ def plot_f1(arms: Mapping[str, Sequence[float | None]], labels: Sequence[str], s
             bars = axes.barh(places, [value for _, value in known], height=width * 0.92, color=COLOURS[k % 16],
                              hatch=HATCHES[k // 16 % 4], label=name)
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-        axes.set_yticks(range(count), [f"{_shorten(label)} ({n:,})" for label, n in zip(labels, support, strict=True)])
+        axes.set_yticks(range(count), _add_counts(labels, support))
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.08), xlabel="F1", title=f"{title}, n = {sum(support):,} cells")
         axes.set_xticks(np.arange(0, 1.01, 0.2))
@@ -100,9 +100,9 @@ def plot_curves(rounds: Sequence[int], sites: Mapping[str, Sequence[float | None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        for k, (name, values) in enumerate(sites.items()):
+        for k, (short, values) in enumerate(zip(shorten_all(list(sites)), sites.values(), strict=True)):
             axes.plot(rounds, _to_numbers(values), color=COLOURS[k % 16], linewidth=1.1, markersize=3.5,
-                      marker=MARKERS[k % len(MARKERS)], label=_shorten(name))
+                      marker=MARKERS[k % len(MARKERS)], label=short)
         if test is not None:
             axes.plot(rounds, _to_numbers(test), color="black", linewidth=2.2, label="test cells")
         for (name, value), style in zip((lines or {}).items(), ("--", ":", "-.", (0, (1, 3))), strict=False):
@@ -151,9 +151,10 @@ def plot_umap(data: anndata.AnnData, column: str, path: Path, *, title: str) -> 
         shown, palette = words, {"right": "#bbbbbb", "wrong": WRONG}
         order = np.argsort(values.to_numpy())[::-1]  # wrong ones on top
     else:
-        shown = np.array([_shorten(str(value)) for value in values], dtype=object)
-        kinds = sorted(set(shown.tolist()))
-        palette = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
+        kinds = sorted(set(values.astype(str)))
+        short = dict(zip(kinds, shorten_all(kinds), strict=True))
+        shown = np.array([short[str(value)] for value in values], dtype=object)
+        palette = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(short.values())}
         order = np.random.default_rng(0).permutation(data.n_obs)  # so that none lies on top as a whole
     with warnings.catch_warnings(), mpl.rc_context(STYLE):
         warnings.simplefilter("ignore")  # scanpy and pandas on their own ways
@@ -221,8 +222,14 @@ def _to_numbers(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
-def _shorten(label: str) -> str:
-    return label if len(label) <= 28 else label[:27] + "…"
+def shorten_all(labels: Sequence[str]) -> list[str]:
+    """Labels on at most two lines of 26 characters; whole ones, where two would look the same."""
+    found = [textwrap.fill(label, 26, max_lines=2, placeholder=" …", break_on_hyphens=False) for label in labels]
+    return found if len(set(found)) == len(found) else list(labels)
+
+
+def _add_counts(labels: Sequence[str], counts: Sequence[int] | Ints) -> list[str]:
+    return [f"{label} ({n:,})" for label, n in zip(shorten_all(labels), counts, strict=True)]
 
 
 def _format_share(share: float) -> str:

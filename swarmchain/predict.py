@@ -1,7 +1,7 @@
 """A model folder and a file of new cells → the same file with calls, confidences and probabilities beside the cells.
 
-The output is a copy of the input's bytes, to which columns are added: X, layers and everything else stay what they were.
-Nothing in it is half-written: it is made under another name and renamed at the end.
+The output is a copy of the input's bytes, to which columns are added: X, layers and everything else stay what they
+were. Nothing is half-written: it is made under another name and renamed at the end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From the chain and the store to a model folder: the checkpoint, its law, its certificate, and the card of all of it.
 
-Nothing in a card is typed by hand but the fixed texts on use and limits; the sections follow Mitchell et al. 2019, "Model
-cards for model reporting". What the card's evaluation says was agreed on by the sites in a run of its own.
+Nothing in a card is typed by hand but the fixed texts on use and limits; the sections follow Mitchell et al. 2019,
+"Model cards for model reporting". What the card's evaluation says was agreed on by the sites in a run of its own.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 A spec is canonical JSON in the store; its SHA-256 stands on chain. `statistics` sums, over the sites' training cells,
 what standardisation and class balancing need. `cell_type` trains a classifier on a panel of features, from a seed
 checkpoint that travels as a blob (layer initialisation is not equal on all CPUs, so a seed is never replayed
-elsewhere). `evaluation` sums how a finished model does on every site's validation cells. `rehearsal` needs no cells: its contributions are random numbers of a real model's size, so
-that chain, store, merge and vote can be tried before any data are there.
+elsewhere). `evaluation` sums how a finished model does on every site's validation cells. `rehearsal` needs no cells:
+its contributions are random numbers of a real model's size, so that chain, store, merge and vote can be tried before
+any data are there.
 
 What a spec does not hold: anything about one site (that is `config`), and the windows and quorum (those are on chain).
 """

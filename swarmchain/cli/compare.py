@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for a picture of F1 per class.")
 @json_option
 def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> None:
-    """Home against swarm: does this site gain by the run, on its own validation cells?
+    """Home against swarm: say whether this site gains by a run, on its own validation cells.
 
     Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Nothing leaves
     the site, and nothing is signed.
@@ -55,7 +55,7 @@ def _print(found: Comparison) -> None:
             click.echo(f"{label:<{width}}  {n:>7}  {home:>6.3f}  {swarm:>6.3f}  {swarm - home:>+7.3f}")
     click.echo(f"{'macro-F1':<{width}}  {found.cells:>7}  {found.home:>6.3f}  {found.swarm:>6.3f}  "
                f"{found.difference:>+7.3f}")
-    click.echo(f"95 % of the differences lie in {found.low:+.3f} to {found.high:+.3f} (bootstrap over {found.cells} cells)")
+    click.echo(f"95 % of the differences lie in {found.low:+.3f} to {found.high:+.3f} (bootstrap over the cells)")
     words = {
         "gains": f"{found.site} gains: the swarm's model calls its cells better than one of its own.",
         "loses": f"{found.site} loses: a model of its own calls its cells better than the swarm's.",

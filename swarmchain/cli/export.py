@@ -14,7 +14,7 @@ from swarmchain.cli.common import connect, example, json_option, load, print_jso
 @site_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write.")
 @click.option("--evaluation", "evaluation", type=click.IntRange(min=1),
-              help="A finished evaluation run of this model: F1 per class, calibration, the unknown threshold, pictures.")
+              help="A finished evaluation of this model: F1 per class, calibration, unknown threshold, pictures.")
 @json_option
 def export(number: int, site_file: Path, out: Path, evaluation: int | None, as_json: bool) -> None:
     """Write a run's model: checkpoint, spec, the certificate of how it came about, and a model card."""

@@ -20,7 +20,8 @@ STATES = ("auto", "counts", "log1p", "arcsinh", "none")
 @click.option("--layer", help="Use this layer in place of X.")
 @click.option("--state", type=click.Choice(STATES), default="auto", show_default=True,
               help="What X or the layer holds; auto tells from the numbers.")
-@click.option("--share-min", type=click.FloatRange(0, 1), help="Share of the panel that must be there; else the spec's.")
+@click.option("--share-min", type=click.FloatRange(0, 1), show_default="the spec's",
+              help="Share of the panel that must be there.")
 @click.option("--batch", type=click.IntRange(min=1), default=8192, show_default=True, help="Cells in memory at a time.")
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False),
               help="Folder for UMAPs of the calls; of at most 20,000 cells.")
@@ -55,7 +56,8 @@ def _print(said: dict[str, Any]) -> None:
     width = max(len(label) for label in said["labels"])
     for label, row in said["labels"].items():
         if row["cells"]:
-            click.echo(f"  {label:<{width}}  {row['cells']:>8}" + (f"  ({row['unknown']} unknown)" if row["unknown"] else ""))
+            unknown = f"  ({row['unknown']} unknown)" if row["unknown"] else ""
+            click.echo(f"  {label:<{width}}  {row['cells']:>8}{unknown}")
     if said["is_calibrated"]:
         click.echo(f"{said['unknown']} unknown: confidence below {said['threshold']}")
     else:

@@ -107,7 +107,8 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
 @site_option
 @click.option("--run", "trained", type=click.IntRange(min=1), required=True, help="A finished training run.")
 @click.option("--name", default="evaluation", show_default=True, help="What the sites call it.")
-@click.option("--sites", type=click.IntRange(1, 256), help="Sites that the first round waits for; else all of the run's.")
+@click.option("--sites", type=click.IntRange(1, 256), show_default="all of the training run",
+              help="Sites that the first round waits for.")
 @click.option("--cells-min", type=click.IntRange(min=1), help="Validation cells that a site must have to take part.")
 @click.option("--right-share-min", type=click.FloatRange(0, 1),
               help="Share of the calls above the unknown threshold that must be right.")
