@@ -48,11 +48,13 @@ def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title:
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     size = max(3.6, 0.42 * count + 1.6)
     with mpl.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(size + 0.9, size), layout="constrained")
+        figure = Figure(figsize=(size + 2.2, size), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(np.ma.masked_where(confusion.sum(axis=1, keepdims=True).repeat(count, 1) == 0, shares),
                             cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(count), shorten_all(labels), rotation=45, ha="right",
+        short = shorten_all(labels)
+        angle = 90 if any("\n" in label for label in short) else 45  # two lines need to stand upright
+        axes.set_xticks(range(count), short, rotation=angle, ha="right", va="center" if angle == 90 else "top",
                         rotation_mode="anchor")
         axes.set_yticks(range(count), _add_counts(labels, confusion.sum(axis=1)))
         axes.tick_params(length=0)
@@ -71,7 +73,10 @@ def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title:
 
 def plot_f1(arms: Mapping[str, Sequence[float | None]], labels: Sequence[str], support: Sequence[int], path: Path, *,
             title: str = "F1 per cell type") -> None:
-    """Bars of F1 for every label, one for each arm (swarm, local, central); no bar where no such cell is there."""
+    """Bars of F1 for every label, one for each arm (swarm, local, central); labels without any cell are left out."""
+    rows = [i for i, n in enumerate(support) if n]
+    labels, support = [labels[i] for i in rows], [support[i] for i in rows]
+    arms = {name: [values[i] for i in rows] for name, values in arms.items()}
     count, width = len(labels), 0.8 / len(arms)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, max(2.2, 0.16 * count * (len(arms) + 1) + 1.1)), layout="constrained")
@@ -83,7 +88,7 @@ def plot_f1(arms: Mapping[str, Sequence[float | None]], labels: Sequence[str], s
                              hatch=HATCHES[k // 16 % 4], label=name)
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
         axes.set_yticks(range(count), _add_counts(labels, support))
-        axes.invert_yaxis()
+        axes.set_ylim(count - 0.45, -0.55)
         axes.set(xlim=(0, 1.08), xlabel="F1", title=f"{title}, n = {sum(support):,} cells")
         axes.set_xticks(np.arange(0, 1.01, 0.2))
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -39,7 +39,7 @@ def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> 
         from swarmchain.plots import plot_f1
 
         for kind in ("png", "svg"):
-            plot_f1({"home": found.home_f1, "swarm": found.swarm_f1}, found.labels, found.support,
+            plot_f1({"swarm": found.swarm_f1, "home": found.home_f1}, found.labels, found.support,
                     plots / f"home-against-swarm.{kind}", title=f"Home against swarm, {found.site}")
     if as_json:
         print_json(found.to_dict())
