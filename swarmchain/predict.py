@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from anndata.io import write_elem
+from anndata.io import read_elem, write_elem
 
-from swarmchain.calibration import compute_log_probabilities
+from swarmchain.calibration import compute_class_scores, compute_log_probabilities
 from swarmchain.card import ModelFolder
 from swarmchain.data import Cells, select_panel, standardize
 from swarmchain.errors import ConfigError, DataError
@@ -45,6 +45,15 @@ class Settings:
     state: str = "auto"
     share_min: float | None = None
     batch: int = BATCH
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Labels that a file carries already: index into the model's [cells], -1 where it is none of the model's."""
+
+    column: str
+    label: npt.NDArray[np.int64]
+    is_given: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,34 @@ def annotate(path: Path, out: Path, model: ModelFolder, calls: Calls) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_truth(path: Path, column: str, labels: tuple[str, ...]) -> Truth:
+    """The labels that a column of obs holds. Raises `DataError` if there is no such column."""
+    with h5py.File(path, "r") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on old files
+        obs = read_elem(file["obs"]) if is_modern(file) else anndata.read_h5ad(path).obs
+    if column not in obs:
+        raise DataError(f"{path} has no column {column!r} in .obs",
+                        hint=f"its columns: {', '.join(map(str, obs.columns)) or '(none)'}")
+    index = {label: i for i, label in enumerate(labels)}
+    return Truth(column, np.array([index.get(str(value), -1) for value in obs[column]], dtype=np.int64),
+                 obs[column].notna().to_numpy())
+
+
+def score_calls(truth: Truth, calls: Calls) -> dict[str, Any]:
+    """F1 on the cells that carry one of the model's labels; of those that carry another, how many are unknown."""
+    known = truth.label >= 0
+    foreign = ~known & truth.is_given
+    confusion = _count(truth, calls)
+    f1, support = compute_class_scores(confusion)
+    scored = [value for value in f1 if value is not None]
+    return {
+        "column": truth.column, "cells": int(known.sum()), "macro_f1": sum(scored) / len(scored) if scored else None,
+        "per_class": {label: {"f1": value, "support": n}
+                      for label, value, n in zip(calls.labels, f1, support, strict=True) if n},
+        "foreign": {"cells": int(foreign.sum()), "unknown": int((foreign & calls.unknown).sum())},
+    }
+
+
 def require_free(path: Path, out: Path) -> None:
     """See that the output is not the input, and its columns not there yet, before any work. See `annotate`."""
     if out.exists() and path.exists() and out.samefile(path):
@@ -131,10 +168,13 @@ def require_free(path: Path, out: Path) -> None:
         return  # whoever reads it says what is wrong
 
 
-def draw_calls(folder: Path, model: ModelFolder, path: Path, calls: Calls, settings: Settings = Settings()
-               ) -> list[Path]:
-    """UMAPs by label, by confidence and by whether a cell is unknown; of the file's own `X_umap`, if it has one."""
-    from swarmchain.plots import CELLS_MAX, compute_umap, plot_umap
+def draw_calls(folder: Path, model: ModelFolder, path: Path, calls: Calls, settings: Settings = Settings(), *,
+               truth: Truth | None = None) -> list[Path]:
+    """UMAPs by label, by confidence and by whether a cell is unknown; of the file's own `X_umap`, if it has one.
+
+    With `truth`, also one by whether the call was right, and the confusion matrix.
+    """
+    from swarmchain.plots import CELLS_MAX, compute_umap, plot_confusion, plot_umap
 
     count = len(calls.label)
     rows = np.arange(count) if count <= CELLS_MAX else np.sort(
@@ -146,11 +186,18 @@ def draw_calls(folder: Path, model: ModelFolder, path: Path, calls: Calls, setti
         data = compute_umap(anndata.AnnData(_read_panel(model, path, settings, rows), obs=obs))
     else:
         data = anndata.AnnData(obs=obs, obsm={"X_umap": embedding[rows]})
+    columns = {LABEL: "Calls", CONFIDENCE: "Confidence", UNKNOWN: "Called and unknown"}
+    if truth is not None:
+        data.obs["swarm_right"] = (truth.label == calls.label)[rows]
+        columns["swarm_right"] = f"Calls against {truth.column}"
     drawn = []
-    for column, words in ((LABEL, "Calls"), (CONFIDENCE, "Confidence"), (UNKNOWN, "Called and unknown")):
-        for kind in ("png", "svg"):
+    for kind in ("png", "svg"):
+        for column, words in columns.items():
             drawn.append(folder / f"umap-{column.removeprefix('swarm_')}.{kind}")
             plot_umap(data, column, drawn[-1], title=words)
+        if truth is not None:
+            drawn.append(folder / f"confusion.{kind}")
+            plot_confusion(_count(truth, calls), calls.labels, drawn[-1], title=f"Calls against {truth.column}")
     return drawn
 
 
@@ -189,6 +236,13 @@ CALLERS: dict[str, Callable[[ModelFolder], Caller]] = {"cell_type": _prepare_cel
 def _count_features(matrix: Matrix, panel: tuple[str, ...]) -> int:
     there = set(matrix.features)
     return sum(name in there for name in panel)
+
+
+def _count(truth: Truth, calls: Calls) -> npt.NDArray[np.int64]:
+    """Cells by label (row) and call (column), of the cells that carry one of the model's labels."""
+    known, labels = truth.label >= 0, len(calls.labels)
+    flat = np.bincount(truth.label[known] * labels + calls.label[known], minlength=labels * labels)
+    return flat.reshape(labels, labels)
 
 
 def _make_columns(calls: Calls) -> dict[str, Any]:

@@ -16,28 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pytest
 import scanpy
 import scipy.sparse as sp
 from click.testing import CliRunner, Result
+from conftest import write_cells
 from sklearn.metrics import confusion_matrix, f1_score, log_loss
 
 from swarmchain.audit import audit_run, read_record
 from swarmchain.calibration import calibrate, compute_class_scores, compute_log_probabilities, sum_calls
-from swarmchain.card import read_model_folder
+from swarmchain.card import ModelCard, Provenance, read_model_folder
+from swarmchain.checkpoint import encode_tensors
 from swarmchain.cli import cli
 from swarmchain.comparing import compare_site
-from swarmchain.config import read_site_config
+from swarmchain.config import read_site_config, write_file
 from swarmchain.consortium import Consortium, Polling, start_consortium
 from swarmchain.data import SiteData, load_site_data, standardize
 from swarmchain.dealing import deal_pbmc
 from swarmchain.errors import SwarmError
 from swarmchain.evaluating import plan_evaluation, read_evaluation
+from swarmchain.layouts import checkpoint_layout, local_layout
 from swarmchain.model import predict_logits
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.protocol import RunView, compute_digest, encode_canonical
-from swarmchain.spec import CellTypeSpec, EvaluationSpec, Limits, Model, RunRef, Training
+from swarmchain.spec import CellTypeSpec, EvaluationSpec, Limits, Model, Panel, RunRef, StatisticsRef, Training
 from swarmchain.store import read_checkpoint
 from swarmchain.work import check_run
 
@@ -207,12 +211,15 @@ def test_predict_is_the_model_and_round_trips_through_scanpy(trained: Trained, t
     before = anndata.read_h5ad(trained.held_out)
     before.layers["other"] = sp.csr_matrix(before.X)
     before.obsm["X_umap"] = np.random.default_rng(0).normal(size=(before.n_obs, 2)).astype(np.float32)
+    truth = before.obs["cell_type"].astype(str).to_numpy()
+    truth[:3] = "Martian"
+    before.obs["cell_type"] = truth
     before.obs["batch"] = np.where(np.arange(before.n_obs) % 2, "a", "b")
     source = tmp_path / "new.h5ad"
     before.write_h5ad(source)
     before = scanpy.read_h5ad(source)
     said = json.loads(run_command("predict", trained.folder, source, "--out", tmp_path / "a.h5ad", "--batch", 37,
-                                  "--plots", tmp_path / "plots", "--json"))
+                                  "--truth", "cell_type", "--plots", tmp_path / "plots", "--json"))
     after = scanpy.read_h5ad(tmp_path / "a.h5ad")
     expected = call_directly(trained, source)
     found = after.obsm["swarm_probabilities"]
@@ -230,13 +237,15 @@ def test_predict_is_the_model_and_round_trips_through_scanpy(trained: Trained, t
     assert list(after.uns["swarmchain"]["labels"]) == list(trained.spec.labels)
     assert said["cells"] == before.n_obs == sum(row["cells"] for row in said["labels"].values())
     assert said["features"] == {"found": 761, "panel": 761} and said["state"] == "log1p"
-    assert len(said["plots"]) == 6 and all(Path(name).stat().st_size > 1000 for name in said["plots"])
+    assert len(said["plots"]) == 10 and all(Path(name).stat().st_size > 1000 for name in said["plots"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scanpy on its own ways
         scanpy.pl.violin(after, "swarm_confidence", groupby="swarm_label", show=False)
         after[:, :5].copy().write_h5ad(tmp_path / "again.h5ad")
     # the called cells are what the classifier was for
-    assert f1_score(before.obs["cell_type"].astype(str), called, average="macro") > 0.8
+    score = f1_score(truth[3:], called[3:], average="macro")
+    assert score > 0.8 and said["truth"]["macro_f1"] == pytest.approx(score)
+    assert said["truth"]["foreign"] == {"cells": 3, "unknown": int(after.obs["swarm_unknown"][:3].sum())}
 
 
 @pytest.mark.parametrize("kind", ["counts", "csr", "csc", "float16"])
@@ -394,6 +403,82 @@ def test_invalid_evaluation_when_joining(trained: Trained, change: dict[str, Any
     with pytest.raises(SwarmError, match=re.escape(words)) as caught:
         check_run(config, consortium.store, view, site=0, view_run=consortium.contract.view_run)
     assert caught.value.hint
+
+
+# -- a model folder made by hand
+
+
+def make_folder(folder: Path, *, name: str = "m", local: bool = True) -> tuple[CellTypeSpec, dict[str, np.ndarray]]:
+    """A folder whose last layer is a site's own; its spec and tensors as that site uses them."""
+    zero = "0" * 64
+    spec = CellTypeSpec(
+        name="by hand", panel=Panel(features=tuple(f"gene{i}" for i in range(12))), labels=("a", "b/c", "d"),
+        limits=Limits(rounds=1, sites_to_start=1), model=Model(hidden=(4,), local=("head",)),
+        statistics=StatisticsRef(run=1, spec=zero, checkpoint=zero), seed_checkpoint=zero)
+    generator = np.random.default_rng(0)
+    layout = checkpoint_layout(spec)
+    tensors = {key: np.abs(generator.normal(size=shape)).astype(dtype) for key, (dtype, shape) in layout.items()}
+    own = {key: generator.normal(size=shape).astype(dtype) for key, (dtype, shape) in local_layout(spec).items()}
+    files = {"model.safetensors": encode_tensors(tensors, layout), "spec.json": encode_canonical(spec)}
+    if local:
+        files["local.safetensors"] = encode_tensors(own, local_layout(spec))
+    digests = {key: compute_digest(data) for key, data in files.items()}
+    record = Provenance(chain_id=1, contract="0x" + "0" * 40, run=1, round=1, spec=digests["spec.json"],
+                        checkpoint=digests["model.safetensors"], manifest=zero, head=zero, code="c")
+    card = ModelCard(name=name, task="cell_type", version="0", provenance=record, files=digests, sites=(), rounds=(),
+                     evaluation=None)
+    for key, data in {**files, "model.json": encode_canonical(card)}.items():
+        write_file(folder / key, data)
+    return spec, {**tensors, **own}
+
+
+def test_predict_with_parts_that_never_left_the_site(tmp_path: Path) -> None:
+    spec, tensors = make_folder(tmp_path / "m")
+    path = write_cells(tmp_path / "cells.h5ad")
+    run_command("predict", tmp_path / "m", path, "--out", tmp_path / "a.h5ad")
+    data = anndata.read_h5ad(tmp_path / "a.h5ad")
+    x = np.log1p(data.X / data.X.sum(axis=1, keepdims=True) * 10_000)
+    logits = predict_logits(spec, tensors, standardize(x, np.ones(12, dtype=bool), tensors))
+    np.testing.assert_allclose(data.obsm["swarm_probabilities"], np.exp(compute_log_probabilities(logits, 1.0)),
+                               atol=1e-4)
+
+
+def test_predict_adds_to_files_of_an_old_anndata(tmp_path: Path) -> None:
+    """Files of anndata 0.6 keep obs as one compound array."""
+    make_folder(tmp_path / "m")
+    new, old = write_cells(tmp_path / "new.h5ad"), tmp_path / "old.h5ad"
+    x = anndata.read_h5ad(new).X
+    with h5py.File(old, "w") as file:
+        file["X"] = x
+        file["obs"] = np.array([(f"c{i}".encode(), i) for i in range(len(x))], dtype=[("index", "S8"), ("n", "<i8")])
+        file["var"] = np.array([(f"gene{i}".encode(),) for i in range(12)], dtype=[("index", "S8")])
+    for path in (new, old):
+        run_command("predict", tmp_path / "m", path, "--out", tmp_path / f"a-{path.name}")
+    a, b = (anndata.read_h5ad(tmp_path / f"a-{path.name}") for path in (new, old))
+    np.testing.assert_array_equal(a.obsm["swarm_probabilities"], b.obsm["swarm_probabilities"])
+    assert b.obs["n"].tolist() == list(range(len(x)))
+
+
+def test_predict_below_the_panels_share_is_a_choice(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m")
+    path = write_cells(tmp_path / "cells.h5ad", features=5)
+    words = ("predict", tmp_path / "m", path, "--out", tmp_path / "a.h5ad")
+    assert "holds 5 of the panel's 12 features (42%), the run needs 50%" in run_command(*words, code=1)
+    said = json.loads(run_command(*words, "--share-min", 0.4, "--json"))
+    assert said["features"] == {"found": 5, "panel": 12} and said["state"] == "counts"
+
+
+def test_invalid_folder_without_the_sites_own_parts(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", local=False)
+    message = run_command("predict", tmp_path / "m", write_cells(tmp_path / "c.h5ad"), "--out", tmp_path / "a", code=1)
+    assert "local.safetensors is missing" in message
+
+
+def test_invalid_truth_column(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m")
+    message = run_command("predict", tmp_path / "m", write_cells(tmp_path / "c.h5ad"), "--out", tmp_path / "a",
+                          "--truth", "nope", code=1)
+    assert "has no column 'nope' in .obs" in message and not (tmp_path / "a").exists()
 
 
 # -- sums and what follows of them, without a swarm
