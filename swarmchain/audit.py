@@ -31,11 +31,11 @@ from swarmchain.layouts import contribution_layout
 from swarmchain.protocol import Manifest, Outcome, RoundKey, RunView
 from swarmchain.replay import read_history, rebuild
 from swarmchain.rules import Replica, Round
-from swarmchain.spec import CustomSpec, RehearsalSpec, Spec, StatisticsSpec, TrainedSpec
+from swarmchain.spec import CustomSpec, EvaluationSpec, RehearsalSpec, Spec, SumSpec, TrainedSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
 from swarmchain.tasks import check_standardization, start_parent
-from swarmchain.work import check_statistics, load_statistics_source
+from swarmchain.work import check_statistics, load_statistics_source, load_trained
 
 
 @dataclass
@@ -193,6 +193,11 @@ class _Replay:
                 self.parent = (self.spec.seed_checkpoint, seed)
                 if isinstance(self.spec, TrainedSpec):
                     self._check_statistics(self.spec, seed, replica)
+            elif isinstance(self.spec, EvaluationSpec):
+                trained = self.spec.trained
+                self.named |= {trained.spec: "the evaluated run's spec", trained.checkpoint: "the evaluated model"}
+                load_trained(self.store, self.spec, lambda run: replica.view_run(run, now=self.now))
+                self.sound |= {trained.spec, trained.checkpoint}
             elif isinstance(self.spec, RehearsalSpec):
                 self.parent = (NO_PARENT, start_parent(self.spec))
         except (StoreError, SpecError, CheckpointError, ContractError) as exc:
@@ -245,7 +250,7 @@ class _Replay:
         if manifest is not None and contributions is not None and not self.audit.is_fast and not found.findings:
             made = self._recompute(found, manifest, contributions, key)
         result = self._read_result(found, made)
-        if not isinstance(self.spec, StatisticsSpec):
+        if not isinstance(self.spec, SumSpec):
             self.parent = (found.checkpoint, result)
 
     def _compare(self, manifest: Manifest, round_: Round, key: RoundKey) -> Iterator[str]:
@@ -286,7 +291,7 @@ class _Replay:
     def _recompute(self, found: RoundAudit, manifest: Manifest, contributions: list[Gathered], key: RoundKey
                    ) -> Arrays | None:
         assert self.spec is not None
-        if not self.parent[1] and not isinstance(self.spec, StatisticsSpec):
+        if not self.parent[1] and not isinstance(self.spec, SumSpec):
             found.findings.append("the merge cannot be computed: the checkpoint that the round started from is lost")
             return None
         try:

@@ -30,7 +30,7 @@ from swarmchain.protocol import (
     encode_canonical,
     parse_opening,
 )
-from swarmchain.spec import Spec, StatisticsSpec
+from swarmchain.spec import Spec, SumSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store
 
@@ -73,7 +73,7 @@ def certify(
     Parameters
     ----------
     parent
-        Digest and tensors of the parent checkpoint; `NO_PARENT` and no tensors for statistics.
+        Digest and tensors of the parent checkpoint; `NO_PARENT` and no tensors where the merge is a sum.
     rejections
         Rejected rounds since the last finalized one; each halves the merged step.
 
@@ -86,7 +86,7 @@ def certify(
     inputs = [item.contribution for item in counted]
     step_scale = 0.5 ** min(rejections, 30)
     checkpoint, tensors = allocate_tensors(checkpoint_layout(spec))
-    if isinstance(spec, StatisticsSpec):
+    if isinstance(spec, SumSpec):
         method, bound, step_scale = "sum", None, 1.0
         shares = sum_statistics(inputs, into=tensors)
     else:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from swarmchain.merging import Codec, Merge
 from swarmchain.spec import (
     CustomSpec,
+    EvaluationSpec,
     GatedAttention,
     Model,
     NetworkSpec,
@@ -16,6 +17,7 @@ from swarmchain.spec import (
     RehearsalSpec,
     Spec,
     StatisticsSpec,
+    SumSpec,
     TrainedSpec,
 )
 
@@ -44,6 +46,27 @@ def statistics_layout(spec: StatisticsSpec) -> Layout:
         for name in ("sum", "sum_of_squares"):
             layout |= {f"{prefix}{name}{part}": ("float64", features) for part in ("", LOW)}
     return dict(sorted(layout.items()))
+
+
+def evaluation_layout(spec: EvaluationSpec) -> Layout:
+    """Tensors of an evaluation's contribution and checkpoint; sums are over validation cells.
+
+    `confusion` counts cells by label (row) and call (column). For every temperature, `negative_log_likelihood` is the
+    sum over cells of -ln of the probability of the cell's label, and `right` and `wrong` count the calls by the bin
+    that their confidence falls into.
+    """
+    labels, temperatures = len(spec.labels), len(spec.temperatures)
+    return {
+        "confusion": ("int64", (labels, labels)),
+        "negative_log_likelihood": ("float64", (temperatures,)),
+        "right": ("int64", (temperatures, spec.bins)),
+        "wrong": ("int64", (temperatures, spec.bins)),
+    }
+
+
+def sum_layout(spec: SumSpec) -> Layout:
+    """Tensors of a run whose merge is a sum: contributions and checkpoint are alike."""
+    return statistics_layout(spec) if isinstance(spec, StatisticsSpec) else evaluation_layout(spec)
 
 
 def state_layout(spec: NetworkSpec) -> Layout:
@@ -113,8 +136,8 @@ def constant_layout(spec: TrainedSpec) -> Layout:
 
 def contribution_layout(spec: Spec) -> Layout:
     """Tensors of one site's contribution; with the codec `int8`, `<name>:scale` is what a unit stands for."""
-    if isinstance(spec, StatisticsSpec):
-        return statistics_layout(spec)
+    if isinstance(spec, SumSpec):
+        return sum_layout(spec)
     return code_layout(parameter_layout(spec), spec.codec)
 
 
@@ -140,8 +163,8 @@ def is_statistic(name: str) -> bool:
 
 def checkpoint_layout(spec: Spec) -> Layout:
     """Tensors of the run's checkpoints."""
-    if isinstance(spec, StatisticsSpec):
-        return statistics_layout(spec)
+    if isinstance(spec, SumSpec):
+        return sum_layout(spec)
     layout = {**state_layout(spec), **outer_layout(parameter_layout(spec), spec.merge)}
     if isinstance(spec, TrainedSpec):
         layout |= constant_layout(spec)

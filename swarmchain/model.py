@@ -115,3 +115,13 @@ def sum_attention(weights: npt.NDArray[np.float32], kinds: npt.NDArray[np.str_])
     """Attention by kind of cell, the largest first: which cells carried the call. Both are [N]."""
     totals = {str(kind): float(weights[kinds == kind].sum(dtype=np.float64)) for kind in np.unique(kinds)}
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def predict_logits(spec: TrainedSpec, state: Arrays, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits [N, C] of standardised cells [N, F] by the spec's network with these weights."""
+    model = build_model(spec)
+    load_state(model, state)
+    model.eval()
+    with torch.no_grad():
+        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
+    return logits

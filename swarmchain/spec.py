@@ -9,6 +9,8 @@ cell_type
     initialisation is not equal on all CPUs, so a seed is never replayed elsewhere).
 donor
     Trains a classifier of donors' samples, each a row or a bag of cells.
+evaluation
+    Sums how a finished model does on every site's validation cells.
 rehearsal
     Needs no cells: its contributions are random numbers of a real model's size, so that chain, store, merge and vote
     can be tried before any data are there.
@@ -20,6 +22,7 @@ What a spec does not hold: anything about one site (that is `config`), and the w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -183,12 +186,16 @@ class Gate(Strict):
     score_drop_max: Share = 0.5
 
 
-class StatisticsRef(Strict):
-    """The finalized statistics run that a training run stands on."""
+class RunRef(Strict):
+    """A finalized run that another stands on: its number, and the digests that the chain must show for it."""
 
     run: Annotated[int, Field(ge=1)]
     spec: Digest
     checkpoint: Digest
+
+
+class StatisticsRef(RunRef):
+    """The finalized statistics run that a training run stands on."""
 
 
 class _Spec(Strict):
@@ -266,6 +273,37 @@ class DonorSpec(_TrainedSpec):
         return self
 
 
+# 0.5 to 4 in steps of 2^(1/8): near 1 about .09 apart, which moves a confidence by less than a bin
+TEMPERATURES = tuple(round(0.5 * 2 ** (i / 8), 4) for i in range(25))
+
+
+class EvaluationSpec(_Spec):
+    """How a trained model does on the sites' own validation cells, as exact sums over the sites that take part.
+
+    Every site scores the checkpoint `trained`, by that run's preprocessing and with its choice of validation cells. The
+    sums hold no more than counts and, for each of `temperatures`, one negative log-likelihood; see
+    `layouts.evaluation_layout`. A site with fewer than `cells_min` validation cells cannot join, and so contributes
+    nothing. Confidences fall into `bins` of equal width. Calls whose confidence is below the threshold count as
+    unknown; the threshold is the smallest edge of a bin from which on at least `right_share_min` of all calls were
+    right. Labels are the trained run's, in its order.
+    """
+
+    task: Literal["evaluation"] = "evaluation"
+    trained: RunRef
+    labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=CLASSES_MAX)]
+    temperatures: Annotated[tuple[Annotated[float, Field(ge=0.01, le=100)], ...], Field(min_length=1, max_length=200)] \
+        = TEMPERATURES
+    bins: Annotated[int, Field(ge=10, le=1000, multiple_of=10)] = 50
+    cells_min: Annotated[int, Field(ge=1)] = 20
+    right_share_min: Share = 0.95
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if any(a >= b for a, b in itertools.pairwise(self.temperatures)):
+            raise ValueError("the temperatures do not ascend")
+        return self
+
+
 class RehearsalSpec(_Spec):
     """A run without cells: `widths` are the layers' widths, from inputs to outputs, of the model that it stands for."""
 
@@ -315,7 +353,9 @@ class CustomSpec(_Spec):
 TrainedSpec = CellTypeSpec | DonorSpec
 CellSpec = StatisticsSpec | TrainedSpec
 NetworkSpec = TrainedSpec | RehearsalSpec | CustomSpec
-Spec = CellSpec | RehearsalSpec | CustomSpec
+# Tasks whose merge is the exact sum of all contributions, and whose rounds have no parent.
+SumSpec = StatisticsSpec | EvaluationSpec
+Spec = CellSpec | EvaluationSpec | RehearsalSpec | CustomSpec
 _DONOR_MODELS: TypeAdapter[DonorModel] = TypeAdapter(DonorModel)
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="task")])
 

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmchain.config import SiteConfig
-from swarmchain.errors import SpecError
+from swarmchain.errors import DataError, SpecError
 from swarmchain.keeper import Keeper
 from swarmchain.layouts import checkpoint_layout, local_layout, parameter_layout
 from swarmchain.protocol import RoundKey, derive_seed
-from swarmchain.spec import DonorSpec, RehearsalSpec, StatisticsSpec, TrainedSpec
+from swarmchain.spec import CellTypeSpec, DonorSpec, EvaluationSpec, RehearsalSpec, StatisticsSpec, SumSpec, TrainedSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Judgement = tuple[bool, float | None]
@@ -161,6 +161,56 @@ class DonorTask(CellTypeTask):
         """See `Task`."""
         return {**super().describe(), "samples_train": len(self._cells.train),
                 "samples_validation": len(self._cells.validation)}
+class EvaluationTask:
+    """Counts of a trained model's calls on the site's validation cells; the same in every round.
+
+    Parameters
+    ----------
+    trained
+        Spec and checkpoint of the run whose model is scored.
+    own
+        What this site keeps to itself of that model's tensors.
+
+    Raises
+    ------
+    SpecError
+        If the labels are not the trained run's.
+    DataError
+        If the site's data cannot serve the trained run's spec, or hold fewer validation cells than the spec asks for.
+    """
+
+    def __init__(self, config: SiteConfig, spec: EvaluationSpec, trained: tuple[CellTypeSpec, Arrays], *,
+                 own: Arrays) -> None:
+        from swarmchain.agreement import standardize
+        from swarmchain.data import load_site_data
+        from swarmchain.model import predict_logits
+
+        source, checkpoint = trained
+        if spec.labels != source.labels:
+            raise SpecError(f"labels: not those of run {spec.trained.run}, which the spec evaluates",
+                            hint="`swarmchain run new evaluation` writes a valid spec")
+        self._data = load_site_data(config, source)
+        rows = self._data.validation
+        if len(rows) < spec.cells_min:
+            raise DataError(f"{config.name} has {len(rows)} validation cells, the evaluation needs {spec.cells_min}",
+                            hint="leave this run to the other sites: counts over so few cells could be traced to them")
+        x = standardize(self._data.x[rows], self._data.present, checkpoint)
+        self._spec, self._truth = spec, self._data.y[rows]
+        self._logits = predict_logits(source, {**checkpoint, **own}, x)
+
+    def describe(self) -> dict[str, int]:
+        """See `Task`."""
+        return _count(self._data)
+
+    def contribute(self, assignment: Assignment) -> tuple[Arrays, int, dict[str, float]]:
+        """See `Task`; the cells that are counted here are validation cells."""
+        from swarmchain.calibration import sum_calls
+
+        return sum_calls(self._logits, self._truth, self._spec), len(self._truth), {}
+
+    def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
+        """Sums are what they are."""
+        return True, None
 
 
 class RehearsalTask:
@@ -214,9 +264,9 @@ def check_standardization(spec: TrainedSpec, source: StatisticsSpec, statistics:
     return constants
 
 
-def start_parent(spec: StatisticsSpec | RehearsalSpec) -> Arrays:
+def start_parent(spec: SumSpec | RehearsalSpec) -> Arrays:
     """Tensors that the first round starts from where no seed checkpoint is named: none, or zeros."""
-    if isinstance(spec, StatisticsSpec):
+    if isinstance(spec, SumSpec):
         return {}
     return {name: np.zeros(shape, dtype) for name, (dtype, shape) in checkpoint_layout(spec).items()}
 

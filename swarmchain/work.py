@@ -6,6 +6,9 @@ Knows the run's tensors and the site's cells, and neither keys nor transactions:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
 
 from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_one
 from swarmchain.checkpoint import encode_tensors
@@ -13,14 +16,35 @@ from swarmchain.codec import encode_deltas
 from swarmchain.config import SiteConfig, write_file
 from swarmchain.errors import SpecError, SwarmError
 from swarmchain.keeper import Keeper
-from swarmchain.layouts import contribution_layout, parameter_layout
+from swarmchain.layouts import contribution_layout, local_layout, parameter_layout
 from swarmchain.methods import find_method
 from swarmchain.names import NAMES_BYTES_MAX
 from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
-from swarmchain.spec import CustomSpec, DonorSpec, RehearsalSpec, Spec, StatisticsSpec, TrainedSpec
+from swarmchain.spec import (
+    CellSpec,
+    CellTypeSpec,
+    CustomSpec,
+    DonorSpec,
+    EvaluationSpec,
+    RehearsalSpec,
+    RunRef,
+    Spec,
+    StatisticsSpec,
+    SumSpec,
+    TrainedSpec,
+)
 from swarmchain.spool import Spool
 from swarmchain.store import Store, read_checkpoint, read_manifest, read_spec
-from swarmchain.tasks import Assignment, CellTypeTask, DonorTask, RehearsalTask, StatisticsTask, Task, start_parent
+from swarmchain.tasks import (
+    Assignment,
+    CellTypeTask,
+    DonorTask,
+    EvaluationTask,
+    RehearsalTask,
+    StatisticsTask,
+    Task,
+    start_parent,
+)
 
 
 class RunWork:
@@ -59,7 +83,7 @@ class RunWork:
 
     def _fetch_names(self, config: SiteConfig) -> SiteConfig:
         """Settings that name the run's table of feature names, from the store, unless the site names one itself."""
-        pinned = None if isinstance(self.spec, RehearsalSpec | CustomSpec) else self.spec.panel.names
+        pinned = None if not isinstance(self.spec, CellSpec) else self.spec.panel.names
         if pinned is None or config.data is None or config.data.feature_table is not None:
             return config
         path = config.work_dir / "names" / f"{pinned}.csv"
@@ -67,7 +91,7 @@ class RunWork:
         return config.model_copy(update={"data": config.data.model_copy(update={"feature_table": str(path)})})
 
     def _prepare(self, config: SiteConfig, view_run: Callable[[int], RunView]) -> Task:
-        if not isinstance(self.spec, StatisticsSpec):
+        if not isinstance(self.spec, SumSpec):
             find_method(self.spec.merge)
         if isinstance(self.spec, CustomSpec):
             raise SpecError(f"“{self.spec.name}” trains a network of the sites' own",
@@ -76,6 +100,10 @@ class RunWork:
             return RehearsalTask(self.spec)
         if isinstance(self.spec, StatisticsSpec):
             return StatisticsTask(config, self.spec)
+        if isinstance(self.spec, EvaluationSpec):
+            trained = load_trained(self.store, self.spec, view_run)
+            own = read_own(config, self.spec.trained.run, trained[0])
+            return EvaluationTask(config, self.spec, trained, own=own)
         check_statistics(self.spec, view_run(self.spec.statistics.run))
         source = load_statistics_source(self.store, self.spec)
         statistics = read_checkpoint(self.store, self.spec.statistics.checkpoint, source)
@@ -88,7 +116,7 @@ class RunWork:
 
         A finalized newest round has replaced its own parent on chain; then the manifest names it.
         """
-        if isinstance(self.spec, StatisticsSpec):
+        if isinstance(self.spec, SumSpec):
             return NO_PARENT, {}
         if view.finalized_round == view.round_id and view.round_id > 0:
             digest = read_manifest(self.store, view.manifest).parent
@@ -108,7 +136,7 @@ class RunWork:
         """Bytes of this site's contribution, its number of training cells, and remarks."""
         assignment = Assignment(key, self.site, self.read_parent(view), self._folder, view.finalized_round)
         tensors, samples, metrics = self.task.contribute(assignment)
-        if not isinstance(self.spec, StatisticsSpec) and self.spec.codec != "float32":
+        if not isinstance(self.spec, SumSpec) and self.spec.codec != "float32":
             kept = Keeper(self._folder, "residual", parameter_layout(self.spec))
             tensors, lost = encode_deltas(tensors, self.spec.codec, residual=kept.read(assignment.after))
             kept.write(key.round_id, lost)
@@ -166,11 +194,46 @@ def load_statistics_source(store: Store, spec: TrainedSpec) -> StatisticsSpec:
 
 def check_statistics(spec: TrainedSpec, view: RunView) -> None:
     """Whether the statistics that a spec names are what the consortium agreed on in that run. Raises `SpecError`."""
-    named = spec.statistics
+    _check_reference(spec.statistics, view, key="statistics", what="stands on other statistics")
+
+
+def load_trained(store: Store, spec: EvaluationSpec, view_run: Callable[[int], RunView]
+                 ) -> tuple[CellTypeSpec, dict[str, npt.NDArray[Any]]]:
+    """Spec and checkpoint of the run that is evaluated, which the chain must show as the spec names them.
+
+    Raises
+    ------
+    SpecError
+        If the chain shows others, or that run trained no model.
+    """
+    _check_reference(spec.trained, view_run(spec.trained.run), key="trained", what="evaluates another model")
+    source = read_spec(store, spec.trained.spec)
+    if not isinstance(source, CellTypeSpec):
+        raise SpecError(f"run {spec.trained.run} trained no model", hint="`swarmchain run list` shows the tasks")
+    return source, read_checkpoint(store, spec.trained.checkpoint, source)
+
+
+def read_own(config: SiteConfig, run: int, spec: CellTypeSpec) -> Arrays:
+    """What this site keeps to itself of a run's model, none where the spec has no such parts.
+
+    Raises
+    ------
+    SpecError
+        If the spec has such parts and this site did not train them.
+    """
+    layout = local_layout(spec)
+    own = Keeper(config.work_dir / "training" / str(run), "local", layout).read(spec.limits.rounds)
+    if layout and own is None:
+        raise SpecError(f"{config.name} holds no {' and '.join(spec.model.local)} of its own for run {run}",
+                        hint="only sites that trained in the run can use its model")
+    return own or {}
+
+
+def _check_reference(named: RunRef, view: RunView, *, key: str, what: str) -> None:
     if not view.finalized_round or (view.spec, view.checkpoint) != (named.spec, named.checkpoint):
         raise SpecError(
-            f"statistics: run {named.run} has not the checkpoint {named.checkpoint[:12]}… on chain that the spec names",
-            hint="do not join this run: whoever proposed it stands on other statistics",
+            f"{key}: run {named.run} has not the checkpoint {named.checkpoint[:12]}… on chain that the spec names",
+            hint=f"do not join this run: whoever proposed it {what}",
         )
 
 

@@ -12,6 +12,7 @@ from swarmchain.cli.agent import agent
 from swarmchain.cli.chain import deploy, devchain
 from swarmchain.cli.data import data
 from swarmchain.cli.demo import demo
+from swarmchain.cli.predict import predict
 from swarmchain.cli.run import run
 from swarmchain.cli.site import site
 from swarmchain.cli.status import status
@@ -27,7 +28,7 @@ def cli() -> None:
     """Hospitals train one single-cell model together: no data shared, no one in charge, every merge verifiable."""
 
 
-for command in (demo, devchain, deploy, site, data, run, agent, status):
+for command in (demo, devchain, deploy, site, data, run, predict, agent, status):
     cli.add_command(command)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import click
 
 from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.compare import compare
+from swarmchain.cli.export import export
 from swarmchain.cli.new_donor import donor
 from swarmchain.cli.statistics import FLAVORS
 from swarmchain.cli.statistics import statistics as show_statistics
 from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
-from swarmchain.errors import ConfigError, SpecError
+from swarmchain.errors import ConfigError
 from swarmchain.protocol import Terms
 
 # what the spec offers, without its libraries: help must come at once
@@ -54,11 +56,11 @@ def minimum_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group()
 def run() -> None:
-    """Plan, propose, join, list, export and verify runs."""
+    """Plan, propose, join, list, export, compare and verify runs."""
 
 
-run.add_command(verify)
-run.add_command(show_statistics)
+for command in (verify, export, compare, show_statistics):
+    run.add_command(command)
 
 
 @run.group()
@@ -134,6 +136,32 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels; "
                f"seed checkpoint {spec.seed_checkpoint[:12]}… is in the store")
+
+
+@new.command(epilog=example("swarmchain run new evaluation --site north/site.toml --run 2 --out evaluation.json"))
+@site_option
+@click.option("--run", "trained", type=click.IntRange(min=1), required=True, help="A finished training run.")
+@click.option("--name", default="evaluation", show_default=True, help="What the sites call it.")
+@click.option("--sites", type=click.IntRange(1, 256), show_default="all of the training run",
+              help="Sites that the first round waits for.")
+@click.option("--cells-min", type=click.IntRange(min=1), help="Validation cells that a site must have to take part.")
+@click.option("--right-share-min", type=click.FloatRange(0, 1),
+              help="Share of the calls above the unknown threshold that must be right.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
+def evaluation(site_file: Path, trained: int, name: str, sites: int | None, cells_min: int | None,
+               right_share_min: float | None, out: Path) -> None:
+    """A run that sums how a finished model does on every site's validation cells."""
+    from swarmchain.evaluating import plan_evaluation, read_trained
+    from swarmchain.spec import encode_spec
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    view = connect(config).view_run(trained)
+    spec = plan_evaluation(read_trained(Store(config.store_url), view), view, name=name, sites_to_start=sites or 0,
+                           cells_min=cells_min, right_share_min=right_share_min)
+    write_file(out, encode_spec(spec))
+    click.echo(f"wrote {out}: {len(spec.labels)} labels, {len(spec.temperatures)} temperatures; a site needs "
+               f"{spec.cells_min} validation cells")
 
 
 @new.command(epilog=example("swarmchain run new rehearsal --sites 3 --rounds 5 --out rehearsal.json"))
@@ -238,33 +266,3 @@ def list_runs(site_file: Path, as_json: bool) -> None:
     for row in rows:
         click.echo(f"{row['run']:>3}  {row['task']:<10}  {row['name']:<24}  {len(row['joined'])} joined  "
                    f"round {row['round']}/{row['rounds']} {row['phase']:<7} {(row['checkpoint'] or '-')[:12]}")
-
-
-@run.command(epilog=example("swarmchain run export 2 --site north/site.toml --out model"))
-@click.argument("number", type=click.IntRange(min=1))
-@site_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@json_option
-def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
-    """Write a run's final checkpoint, spec and manifest: the model, and the certificate of how it came about."""
-    from swarmchain.checkpoint import compute_size
-    from swarmchain.layouts import checkpoint_layout
-    from swarmchain.protocol import MANIFEST_BYTES_MAX
-    from swarmchain.spec import encode_spec
-    from swarmchain.store import Store, read_spec
-
-    config = load(site_file)
-    view = connect(config).view_run(number)
-    if not view.finalized_round:
-        raise SpecError(f"run {number} has no checkpoint yet", hint="`swarmchain status` shows how far it is")
-    store = Store(config.store_url)
-    spec = read_spec(store, view.spec)
-    size = compute_size(checkpoint_layout(spec))
-    write_file(out / "model.safetensors", store.get_blob(view.checkpoint, bytes_max=size))
-    write_file(out / "spec.json", encode_spec(spec))
-    write_file(out / "manifest.json", store.get_blob(view.manifest, bytes_max=MANIFEST_BYTES_MAX))
-    if as_json:
-        print_json({"run": number, "round": view.finalized_round, "checkpoint": view.checkpoint, "out": str(out)})
-    else:
-        click.echo(f"run {number}, round {view.finalized_round}: checkpoint {view.checkpoint}\n"
-                   f"wrote {out}/model.safetensors, spec.json, manifest.json")

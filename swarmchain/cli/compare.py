@@ -1,0 +1,64 @@
+"""`swarmchain run compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
+
+if TYPE_CHECKING:
+    from swarmchain.comparing import Comparison
+
+
+@click.command(epilog=example("swarmchain run compare 2 --site north/site.toml"))
+@click.argument("number", type=click.IntRange(min=1))
+@site_option
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for a picture of F1 per class.")
+@json_option
+def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> None:
+    """Home against swarm: say whether this site gains by a run, on its own validation cells.
+
+    Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Nothing leaves
+    the site, and nothing is signed.
+    """
+    from swarmchain.comparing import compare_site
+    from swarmchain.evaluating import read_trained
+    from swarmchain.keys import read_address
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    contract, store = connect(config), Store(config.store_url)
+    view = contract.view_run(number)
+    spec = read_trained(store, view)
+    site = contract.get_site_index(read_address(config.resolve(config.keys.keystore)))
+    found = compare_site(config, store, view, spec, site=site)
+    if plots is not None:
+        from swarmchain.plots import plot_f1
+
+        for kind in ("png", "svg"):
+            plot_f1({"swarm": found.swarm_f1, "home": found.home_f1}, found.labels, found.support,
+                    plots / f"home-against-swarm.{kind}", title=f"Home against swarm, {found.site}")
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print(found)
+
+
+def _print(found: Comparison) -> None:
+    width = max(len(label) for label in (*found.labels, "macro-F1"))
+    click.echo(f"{'':<{width}}  {'cells':>7}  {'home':>6}  {'swarm':>6}  {'gain':>7}")
+    for label, n, home, swarm in zip(found.labels, found.support, found.home_f1, found.swarm_f1, strict=True):
+        if home is not None and swarm is not None:
+            click.echo(f"{label:<{width}}  {n:>7}  {home:>6.3f}  {swarm:>6.3f}  {swarm - home:>+7.3f}")
+    click.echo(f"{'macro-F1':<{width}}  {found.cells:>7}  {found.home:>6.3f}  {found.swarm:>6.3f}  "
+               f"{found.difference:>+7.3f}")
+    click.echo(f"95 % of the differences lie in {found.low:+.3f} to {found.high:+.3f} (bootstrap over the cells)")
+    words = {
+        "gains": f"{found.site} gains: the swarm's model calls its cells better than one of its own.",
+        "loses": f"{found.site} loses: a model of its own calls its cells better than the swarm's.",
+        "undecided": f"{found.site}: too close to tell; {found.cells} validation cells cannot show a difference.",
+    }
+    click.echo(words[found.verdict])
