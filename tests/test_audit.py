@@ -65,7 +65,7 @@ class Play:
             deltas = {n: draw(100 * round_id + 10 * site + k, shape) for k, (n, (_, shape)) in
                       enumerate(layout.items())}
             data = encode_tensors(encode_deltas(deltas, self.spec.codec)[0], contribution_layout(self.spec))
-            opening = Opening(digest=compute_digest(data), samples=10 + site, salt=f"{site + 1:064x}")
+            opening = Opening(digest=compute_digest(data), samples=10 + site, nonce=f"{site + 1:064x}")
             commitment = compute_commitment(key, site, opening)
             contract.commit(self.world.signers[site], self.run, round_id, commitment)
             openings[site] = commitment
