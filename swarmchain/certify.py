@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from swarmchain.checkpoint import allocate_tensors, compute_size, decode_tensors
 from swarmchain.errors import BlobMissing, CheckpointError, OpeningError, StoreError
 from swarmchain.layouts import Layout, checkpoint_layout
 from swarmchain.merge import Input, Share, compute_norm, merge_deltas, sum_statistics
+from swarmchain.merging import Trust
 from swarmchain.protocol import (
     Excluded,
     Included,
@@ -91,7 +93,8 @@ def certify(
     inputs = [item.contribution for item in counted]
     step_scale = 0.5 ** min(rejections, 30)
     checkpoint, tensors = allocate_tensors(checkpoint_layout(spec))
-    harm, harmful = weigh_evidence(spec, counted, previous[1])
+    trust = None if isinstance(spec, StatisticsSpec) else spec.merge.trust
+    harm, harmful = weigh_evidence(trust, counted, previous[1])
     if isinstance(spec, StatisticsSpec):
         method, bound, step_scale = "sum", None, 1.0
         shares = sum_statistics(inputs, into=tensors)
@@ -100,6 +103,10 @@ def certify(
         trusted = [item for item in inputs if item.site not in harmful]
         shares, bound = merge_deltas(parent[1], trusted, spec.merge, into=tensors, step_scale=step_scale)
         shares += [_leave_out(item, bound) for item in inputs if item.site in harmful]
+        if trust is not None and trust.rate_first and previous[1] is None:
+            step_scale = 0.0
+            for name, tensor in parent[1].items():  # nor may an outer optimiser remember it
+                np.copyto(tensors[name], tensor, casting="no")
     for tensor in tensors.values():
         tensor.flags.writeable = False
     by_site = {share.site: share for share in shares}
@@ -121,10 +128,9 @@ def certify(
     return Certified(checkpoint, tensors, manifest, encode_canonical(manifest))
 
 
-def weigh_evidence(spec: Spec, counted: Sequence[Gathered], previous: Manifest | None
+def weigh_evidence(settings: Trust | None, counted: Sequence[Gathered], previous: Manifest | None
                    ) -> tuple[dict[int, int], frozenset[int]]:
     """The evidence against the sites after the ratings in these openings, and who has no weight for it."""
-    settings = None if isinstance(spec, StatisticsSpec) else spec.merge.trust
     if settings is None or previous is None:
         return {}, frozenset()
     before = {item.site: item.harm_mnat for item in previous.standing}

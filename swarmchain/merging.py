@@ -44,12 +44,14 @@ class Trust(Strict):
 
     A contribution is expected to help a rater at least `benefit_percent` of what its fellows do. What a majority of the
     other sites misses of that, beyond `slack_mnat` in a round, adds up; above `harm_max_mnat` the site is left out. No
-    more than `memory_mnat` is remembered. In 1/1000 nat of balanced cross-entropy.
+    more than `memory_mnat` is remembered. In 1/1000 nat of balanced cross-entropy. With `rate_first` the first round
+    changes nothing: its contributions are there to be rated, before anything is merged.
     """
 
-    benefit_percent: Annotated[int, Field(ge=0, le=100)] = 25
+    rate_first: bool = True
+    benefit_percent: Annotated[int, Field(ge=0, le=100)] = 50
     slack_mnat: Annotated[int, Field(ge=0)] = 30
-    harm_max_mnat: Annotated[int, Field(ge=1)] = 50
+    harm_max_mnat: Annotated[int, Field(ge=1)] = 100
     memory_mnat: Annotated[int, Field(ge=1)] = 2_000
 
 

@@ -32,6 +32,8 @@ from swarmchain.spec import (
 )
 from swarmchain.store import Store, read_checkpoint, read_spec
 
+ROUNDS_TO_RATE_FIRST = 20
+
 
 def plan_statistics(
     cards: Sequence[SiteCard], *, name: str, sites_to_start: int, normalization: Normalization | None = None
@@ -97,7 +99,7 @@ def plan_cell_type(
     draft = CellTypeSpec(
         name=name, panel=Panel(features=features, share_min=panel_share_min), labels=labels,
         normalization=source.normalization, limits=limits, validation_share=source.validation_share,
-        model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
+        model=model or Model(), training=training or Training(), merge=fit_trust(merge or ClippedMean(), limits),
         codec=codec, gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,
     )
@@ -106,3 +108,10 @@ def plan_cell_type(
     zeros = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}
     seed = encode_tensors({**zeros, **draw_state(draft), **constants}, layout)
     return draft.model_copy(update={"seed_checkpoint": compute_digest(seed)}), seed
+
+
+def fit_trust(merge: Merge, limits: Limits) -> Merge:
+    """A run of few rounds does not spend the first of them on ratings alone."""
+    if merge.trust is None or (limits.rounds >= ROUNDS_TO_RATE_FIRST and not limits.one_checkpoint):
+        return merge
+    return merge.model_copy(update={"trust": merge.trust.model_copy(update={"rate_first": False})})

@@ -15,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmchain.audit import audit_run, read_record
+from swarmchain.certify import NO_PARENT, Certified, Gathered, certify
+from swarmchain.checkpoint import allocate_tensors
 from swarmchain.codec import encode_deltas
 from swarmchain.consortium import AGENT, Polling, start_consortium
 from swarmchain.errors import OpeningError
 from swarmchain.history import read_rounds
-from swarmchain.layouts import parameter_layout
+from swarmchain.layouts import checkpoint_layout, parameter_layout
+from swarmchain.merge import Input, compute_norm
 from swarmchain.merging import Trust
 from swarmchain.model import draw_state
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
@@ -30,6 +33,7 @@ from swarmchain.protocol import (
     RoundKey,
     compute_commitment,
     encode_canonical,
+    parse_manifest,
     parse_opening,
 )
 from swarmchain.rating import CELLS_MAX, choose_rows, rate_contributions
@@ -59,7 +63,7 @@ def test_site_that_a_majority_finds_harmful_has_no_weight() -> None:
     # site 4 is hostile, and lies about all others
     ratings = rate_all(range(5), lambda i, j: WORST if i == 4 else 200 if j == 4 else -100)
     harm = update_harm({}, ratings, SETTINGS, rated=set(range(5)))
-    assert harm == {4: 200 + 25 - SETTINGS.slack_mnat} and choose_harmful(harm, range(5), SETTINGS) == {4}
+    assert harm == {4: 200 + 50 - SETTINGS.slack_mnat} and choose_harmful(harm, range(5), SETTINGS) == {4}
 
 
 def test_site_that_does_nothing_for_anyone_has_no_weight() -> None:
@@ -133,6 +137,61 @@ def test_order_of_arrival_changes_nothing(data: st.DataObject) -> None:
     turned = {i: tuple(reversed(own)) for i, own in reversed(ratings.items())}
     rated = set(range(5))
     assert update_harm({1: 9}, ratings, SETTINGS, rated=rated) == update_harm({1: 9}, turned, SETTINGS, rated=rated)
+
+
+# -- the certificate
+
+
+def gather(ratings: dict[int, tuple[Rating, ...]], spec: CellTypeSpec) -> list[Gathered]:
+    """A good contribution of each site, all equally long."""
+    found = []
+    for site, own in ratings.items():
+        deltas = {name: np.full(shape, 0.5 + site, np.float32) / np.float32(0.5 + site)
+                  for name, (_, shape) in parameter_layout(spec).items()}
+        opening = Opening(digest=ZERO, samples=100, nonce=ZERO, ratings=own)
+        found.append(Gathered(ZERO, opening, Input(site, 100, deltas, compute_norm(deltas))))
+    return found
+
+
+def certify_next(spec: CellTypeSpec, ratings: dict[int, tuple[Rating, ...]], before: Certified | None = None
+                 ) -> Certified:
+    _, parent = allocate_tensors(checkpoint_layout(spec))
+    previous = (before.manifest_digest, before.manifest) if before else (NO_PARENT, None)
+    return certify(spec, (ZERO, parent), (gather(ratings, spec), []), key=KEY, spec_digest=ZERO, rejections=0,
+                   previous=previous)
+
+
+def test_first_round_is_there_to_be_rated(spec: CellTypeSpec) -> None:
+    nobody: dict[int, tuple[Rating, ...]] = dict.fromkeys(range(5), ())
+    outer = {"kind": "momentum"}
+    careful = CellTypeSpec.model_validate({**spec.model_dump(), "merge": {"method": "clipped_mean", "outer": outer}})
+    first = certify_next(careful, nobody)
+    assert first.manifest.step_scale == 0.0 and not any(tensor.any() for tensor in first.tensors.values())
+    second = certify_next(careful, nobody, first)
+    assert second.manifest.step_scale == 1.0 and second.tensors["layers.0.weight"].all()
+    assert second.manifest.previous == first.manifest_digest and second.manifest.standing == ()
+
+
+def test_certificate_names_who_has_no_weight_and_why(spec: CellTypeSpec) -> None:
+    first = certify_next(spec, dict.fromkeys(range(5), ()))
+    ratings = rate_all(range(5), lambda i, j: WORST if i == 4 else 300 if j == 4 else -100)
+    second = certify_next(spec, ratings, first)
+    last = second.manifest.included[4]
+    assert (last.site, last.weight, last.clip_factor, last.doubt) == (4, 0.0, 1.0, "found harmful")
+    assert [item.weight for item in second.manifest.included[:4]] == [0.25] * 4
+    assert [(item.site, item.harm_mnat) for item in second.manifest.standing] == [(4, 320)]
+    assert parse_manifest(second.manifest_bytes) == second.manifest
+    third = certify_next(spec, dict.fromkeys(range(5), ()), second)  # nobody says anything: the evidence stands
+    assert third.manifest.standing == second.manifest.standing and third.manifest.included[4].weight == 0.0
+
+
+def test_without_trust_nobody_is_left_out(spec: CellTypeSpec) -> None:
+    merge = {"method": "clipped_mean", "trust": None}
+    blind = CellTypeSpec.model_validate({**spec.model_dump(), "merge": merge})
+    first = certify_next(blind, dict.fromkeys(range(5), ()))
+    second = certify_next(blind, rate_all(range(5), lambda i, j: WORST), first)
+    assert first.manifest.step_scale == 1.0 and not second.manifest.standing
+    assert all(item.weight > 0 and item.doubt is None for item in second.manifest.included)
 
 
 # -- what an opening says of others
