@@ -290,7 +290,7 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         found.follow(lambda *_: None, until=lambda: found.contract.view_run(first).finalized_round > 0, timeout_s=120)
         view = found.contract.view_run(first)
         spec, blob = plan_cell_type(read_statistics(found.store, view), view, name="trained", limits=limits,
-                                    training=Training(steps=10))
+                                    sites_per_feature_min=2, training=Training(steps=10))
         found.store.put_blob(blob)
         run = found.propose(spec)
         found.follow(lambda *_: None, timeout_s=120)
