@@ -1,12 +1,15 @@
 """What hostile sites can do to a model, by merge method: five sites, real cells, one or two of them hostile.
 
     SWARMCHAIN_DATA=DIR python bench/attacks.py [--rounds 60] [--methods …] [--data …] [--json] [--write]
+    SWARMCHAIN_DATA=DIR python bench/attacks.py --each [--data …] [--json] [--write]
 
-The swarm's own training, statistics and merge, without chain and store. Macro-F1 on the held-out cells of the five PBMC
+The swarm's own training, statistics, ratings and certificates, without chain and store. Macro-F1 on the held-out cells of the five PBMC
 studies (`pbmc_multistudy`) and of mass cytometry dealt with label skew (`cytof_multicenter_small`, deal 0), after
 `--rounds` rounds of 20 steps. `honest` is the method with all five sites honest; under an attack the table says what it
 costs, against the same method with the honest sites alone (a site that is found out is a site less, and nothing more).
-Hostile are the last one or two sites by name. Attacks:
+Hostile are the last one or two sites by name; with `--each`, for the default method alone, every site in turn. A hostile
+site also lies in its ratings: all honest sites harm it, as much as can be said, and its fellows do not. A method
+with `+ trust` weighs ratings, the others do not (`"trust": null` in the spec). Attacks:
 
 scale       the site's honest delta × 1000
 sign        the site's honest delta × -1
@@ -39,22 +42,25 @@ from tables import replace_table
 
 from swarmchain.agreement import compute_statistics, standardize
 from swarmchain.baselines import predict
-from swarmchain.certify import Arrays
+from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify
 from swarmchain.checkpoint import allocate_tensors, decode_tensors
 from swarmchain.config import DataConfig, SiteCard
 from swarmchain.data import read_cells, select_cells, select_panel
 from swarmchain.dealing import deal_folder
 from swarmchain.layouts import checkpoint_layout
-from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
+from swarmchain.merge import Input, compute_norm, sum_statistics
 from swarmchain.methods import METHODS
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics
+from swarmchain.protocol import EFFECT_MNAT_MAX, Opening, Rating, RoundKey
+from swarmchain.rating import rate_contributions
 from swarmchain.spec import CellTypeSpec, Limits, Normalization, Training
 from swarmchain.trainer import TrainingSet, prepare_training, train_round
 
 DATA = ("pbmc_multistudy", "cytof_multicenter_small")
 ATTACKS = ("scale", "sign", "nan", "label flip", "gaussian", "ipm", "inflation")
 CLAIM = 10**12
+SITES = 5
 
 
 @dataclass(frozen=True)
@@ -133,35 +139,60 @@ def prepare(files: dict[str, Path], tests: dict[str, Path], config: DataConfig, 
     return Task(spec, seed, sites, np.concatenate(xs), np.concatenate(ys))
 
 
-def play(name: str, rounds: int, method: dict[str, Any], attack: str, hostile: int) -> float:
-    """Macro-F1 of a whole run; the attack `absent` leaves the hostile sites out."""
+@dataclass(frozen=True)
+class Played:
+    """A whole run: macro-F1, and in how many rounds each site was left out for its ratings."""
+
+    score: float
+    left_out: dict[int, int]
+
+
+def play(name: str, rounds: int, method: dict[str, Any], attack: str, hostile: tuple[int, ...]) -> Played:
+    """The attack `absent` leaves the hostile sites out."""
     import torch
 
     torch.set_num_threads(1)
     task = load(name, rounds)
     spec = CellTypeSpec.model_validate({**task.spec.model_dump(), "merge": method})
-    layout = checkpoint_layout(spec)
-    bad = set(range(len(task.cells) - hostile, len(task.cells)))
+    bad = frozenset(hostile)
     cells = [flip(c, len(spec.labels)) if i in bad and attack == "label flip" else c for i, c in enumerate(task.cells)]
-    _, parent = allocate_tensors(layout)
-    for key, value in task.seed.items():
-        parent[key][...] = value
-    noise = np.random.default_rng(1)
+    parent: Arrays = task.seed
+    noise, left_out = np.random.default_rng(1), dict.fromkeys(range(len(cells)), 0)
+    made: Certified | None = None
+    ratings: dict[int, tuple[Rating, ...]] = {}
     for round_id in range(1, rounds + 1):
-        made = {i: train_round(parent, c, spec, round_id=round_id, site=i) for i, c in enumerate(cells)
-                if not (i in bad and attack in ("absent", "nan"))}
-        honest = [m.deltas for i, m in made.items() if i not in bad]
-        inputs = []
-        for i, contribution in made.items():
+        trained = {i: train_round(parent, c, spec, round_id=round_id, site=i) for i, c in enumerate(cells)
+                   if not (i in bad and attack in ("absent", "nan"))}
+        honest = [m.deltas for i, m in trained.items() if i not in bad]
+        gathered = []
+        for i, contribution in trained.items():
             deltas, samples = contribution.deltas, contribution.samples
             if i in bad:
                 deltas, samples = spoil(attack, deltas, honest, noise), CLAIM if attack == "inflation" else samples
-            inputs.append(Input(i, samples, deltas, compute_norm(deltas)))
-        _, into = allocate_tensors(layout)
-        merge_deltas(parent, inputs, spec.merge, into=into)
-        parent = into
+            opening = Opening(digest="0" * 64, samples=samples, nonce="0" * 64, ratings=ratings.get(i, ()))
+            gathered.append(Gathered("0" * 64, opening, Input(i, samples, deltas, compute_norm(deltas))))
+        previous = (NO_PARENT, None) if made is None else (made.manifest_digest, made.manifest)
+        made = certify(spec, ("0" * 64, parent), (gathered, []), previous=previous, spec_digest="0" * 64, rejections=0,
+                       key=RoundKey(1, "0x" + "0" * 40, 1, round_id))
+        for item in made.manifest.included:
+            left_out[item.site] += item.doubt is not None
+        if spec.merge.trust is not None:
+            ratings = {i: rate(i, bad, parent, (gathered, made), cells, spec) for i in trained}
+        parent = made.tensors
     with np.errstate(all="ignore"):
-        return compute_macro_f1(task.y, predict(parent, task.x, spec), classes=len(spec.labels))
+        score = compute_macro_f1(task.y, predict(parent, task.x, spec), classes=len(spec.labels))
+    return Played(score, left_out)
+
+
+def rate(rater: int, bad: frozenset[int], parent: Arrays, found: tuple[list[Gathered], Certified],
+         cells: list[TrainingSet], spec: CellTypeSpec) -> tuple[Rating, ...]:
+    """What a site says of the others: what it measured, or, if it is hostile, the worst of all honest ones."""
+    clips = {item.site: item.clip_factor for item in found[1].manifest.included}
+    others = [item.contribution for item in found[0] if item.contribution.site != rater]
+    if rater in bad:
+        return tuple(Rating(site=o.site, effect_mnat=-EFFECT_MNAT_MAX if o.site in bad else EFFECT_MNAT_MAX)
+                     for o in others)
+    return rate_contributions(parent, ((o.site, clips[o.site], o.tensors) for o in others), cells[rater], spec)
 
 
 def flip(cells: TrainingSet, labels: int) -> TrainingSet:
@@ -180,46 +211,75 @@ def spoil(attack: str, deltas: Arrays, honest: list[Arrays], noise: np.random.Ge
     return deltas
 
 
-def measure(names: list[str], methods: list[dict[str, Any]], rounds: int, jobs: int) -> list[dict[str, Any]]:
-    wanted = []
+Job = tuple[str, int, dict[str, Any], str, tuple[int, ...]]
+
+
+def measure(names: list[str], methods: list[dict[str, Any]], rounds: int, jobs: int, *, is_each: bool = False
+            ) -> list[dict[str, Any]]:
+    wanted: list[Job] = []
     for name in names:
         for method in methods:
             hostile_max = {"hostile_max": 2} if method["method"] == "multi_krum" else {}
-            wanted.append((name, rounds, method, "honest", 0))
-            for hostile in (1, 2):
-                chosen = {**method, **(hostile_max if hostile == 2 else {})}
+            wanted.append((name, rounds, method, "honest", ()))
+            for hostile in [(i,) for i in range(SITES)] if is_each else [(SITES - 1,), (SITES - 2, SITES - 1)]:
+                chosen = {**method, **(hostile_max if len(hostile) == 2 else {})}
                 wanted += [(name, rounds, chosen, attack, hostile) for attack in ("absent", *ATTACKS)]
     with ProcessPoolExecutor(jobs) as pool:
-        scores = list(pool.map(play, *zip(*wanted, strict=True)))
-    return [{"data": name, "method": method["method"], "settings": method, "attack": attack, "hostile": hostile,
-             "macro_f1": round(score, 4)} for (name, _, method, attack, hostile), score in
-            zip(wanted, scores, strict=True)]
+        played = list(pool.map(play, *zip(*wanted, strict=True)))
+    return [{"data": name, "method": name_method(method), "settings": method, "attack": attack, "hostile": hostile,
+             "macro_f1": round(found.score, 4),
+             "rounds_left_out": sum(found.left_out[i] for i in hostile),
+             "rounds_wrongly_left_out": sum(n for i, n in found.left_out.items() if i not in hostile)}
+            for (name, _, method, attack, hostile), found in zip(wanted, played, strict=True)]
+
+
+def name_method(method: dict[str, Any]) -> str:
+    is_trusting = method.get("trust", True) is not None
+    return f"`{method['method']}`" + (" + trust" if is_trusting else "")
 
 
 def format_tables(rows: list[dict[str, Any]]) -> str:
     parts = []
     for name in dict.fromkeys(row["data"] for row in rows):
-        plain = next((r["macro_f1"] for r in rows if r["data"] == name and r["method"] == "mean"
+        plain = next((r["macro_f1"] for r in rows if r["data"] == name and r["method"] == "`mean`"
                       and r["attack"] == "honest"), None)
-        for hostile in (1, 2):
-            lines = [f"\n`{name}`, {hostile} of 5 sites hostile\n",
+        for count in (1, 2):
+            lines = [f"\n`{name}`, {count} of {SITES} sites hostile\n",
                      "| method | honest | against `mean` | without the hostile | " + " | ".join(ATTACKS) + " |",
                      "|---|---:|---:|---:|" + "---:|" * len(ATTACKS)]
             for method in dict.fromkeys(row["method"] for row in rows):
                 own = {r["attack"]: r["macro_f1"] for r in rows if r["data"] == name and r["method"] == method
-                       and r["hostile"] in (0, hostile)}
+                       and len(r["hostile"]) in (0, count)}
                 costs = " | ".join(f"{own[a] - own['absent']:+.3f}" for a in ATTACKS)
                 against = "" if plain is None else f"{own['honest'] - plain:+.3f}"
-                lines.append(f"| `{method}` | {own['honest']:.3f} | {against} | {own['absent']:.3f} | {costs} |")
+                lines.append(f"| {method} | {own['honest']:.3f} | {against} | {own['absent']:.3f} | {costs} |")
             parts.append("\n".join(lines) + "\n")
+    return "".join(parts).lstrip()
+
+
+def format_each(rows: list[dict[str, Any]]) -> str:
+    """One line for each hostile site: what every attack cost, and in how many rounds the site was left out for it."""
+    parts = []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        lines = [f"\n`{name}`, each of {SITES} sites hostile in turn\n",
+                 "| hostile | without it | " + " | ".join(ATTACKS) + " | honest sites left out |",
+                 "|---|---:|" + "---:|" * (len(ATTACKS) + 1)]
+        for hostile in sorted({r["hostile"] for r in rows if r["data"] == name and r["hostile"]}):
+            own = {r["attack"]: r for r in rows if r["data"] == name and r["hostile"] == hostile}
+            absent = own["absent"]["macro_f1"]
+            costs = " | ".join(f"{own[a]['macro_f1'] - absent:+.3f} ({own[a]['rounds_left_out']})" for a in ATTACKS)
+            wrong = sum(r["rounds_wrongly_left_out"] for r in own.values())
+            lines.append(f"| site {hostile[0]} | {absent:.3f} | {costs} | {wrong} |")
+        parts.append("\n".join(lines) + "\n")
     return "".join(parts).lstrip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or JSON settings")
+    parser.add_argument("--methods", nargs="+", help="names, or JSON settings")
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--each", action="store_true", help="every site in turn, with the default method")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
@@ -227,14 +287,17 @@ def main() -> None:
     if "SWARMCHAIN_DATA" not in os.environ:
         print("skipped: SWARMCHAIN_DATA must name the folder with pbmc_multistudy, cytof_multicenter and splits")
         return
-    methods = [json.loads(m) if m.startswith("{") else {"method": m} for m in options.methods]
-    rows = measure(options.data, methods, options.rounds, options.jobs)
+    chosen = [json.loads(m) if m.startswith("{") else {"method": m, "trust": None} for m in options.methods or METHODS]
+    default = {"method": "clipped_mean"}
+    methods = [default] if options.each else chosen if options.methods else [default, *chosen]
+    rows = measure(options.data, methods, options.rounds, options.jobs, is_each=options.each)
     if options.json:
         print(json.dumps(rows))
         return
-    print(format_tables(rows), end="")
+    table = format_each(rows) if options.each else format_tables(rows)
+    print(table, end="")
     if options.write:
-        replace_table("attacks", format_tables(rows))
+        replace_table("each" if options.each else "attacks", table)
 
 
 if __name__ == "__main__":

@@ -142,11 +142,12 @@ class Acts:
             return opening
         started = time.monotonic()
         with self.clock.measure("train"):
+            ratings = self.work.rate(self.view)  # first, while what they are of is at hand
             data, samples, metrics = self.work.contribute(self.view, key)
         pace = Pace(key.run, round(time.monotonic() - started, 3), float(self.view.terms.commit_window_s))
         digest = compute_digest(data)
-        salt = self.site.signer.derive_salt(key, digest)
-        opening = Opening(digest=digest, samples=samples, salt=salt)
+        nonce = self.site.signer.derive_salt(key, digest)
+        opening = Opening(digest=digest, samples=samples, ratings=ratings, nonce=nonce)
         journal.record_contribution(key, opening, data)
         journal.record_pace(pace)
         self.found.remember(is_too_slow=pace.is_too_slow)

@@ -170,6 +170,7 @@ class _Replay:
         self.run, self.names, self.key_of = record.replica.runs[audit.run - 1], record.names, record.key_of
         self.spec: Spec | None = None
         self.parent: tuple[str, Arrays] = (NO_PARENT, {})
+        self.previous: tuple[str, Manifest | None] = (NO_PARENT, None)
         self.rejections = 0
         self.sound: set[str] = set()
         self.named: dict[str, str] = {self.run.spec: "the spec"}
@@ -245,18 +246,20 @@ class _Replay:
             found.findings += self._compare(manifest, round_, key)
             found.included = [{**item.model_dump(), "site": self._name(item.site)} for item in manifest.included]
             found.excluded = {self._name(item.site): item.reason for item in manifest.excluded}
+            found.excluded |= {self._name(item.site): item.doubt for item in manifest.included if item.doubt}
         contributions = self._gather(found, manifest, round_, key)
         made: Arrays | None = None
         if manifest is not None and contributions is not None and not self.audit.is_fast and not found.findings:
             made = self._recompute(found, manifest, contributions, key)
         result = self._read_result(found, made)
+        self.previous = (found.manifest, manifest)
         if not isinstance(self.spec, SumSpec):
             self.parent = (found.checkpoint, result)
 
     def _compare(self, manifest: Manifest, round_: Round, key: RoundKey) -> Iterator[str]:
         """What a certificate says of its round against what the chain says."""
         expected = {"chain_id": key.chain_id, "contract": key.contract.lower(), "run": key.run, "round": key.round_id,
-                    "spec": self.run.spec, "parent": self.parent[0]}
+                    "spec": self.run.spec, "parent": self.parent[0], "previous": self.previous[0]}
         for name, value in expected.items():
             if getattr(manifest, name) != value:
                 yield f"the manifest's {name} is {getattr(manifest, name)}, the chain's is {value}"
@@ -294,9 +297,12 @@ class _Replay:
         if not self.parent[1] and not isinstance(self.spec, SumSpec):
             found.findings.append("the merge cannot be computed: the checkpoint that the round started from is lost")
             return None
+        if self.previous[0] != NO_PARENT and self.previous[1] is None:
+            found.findings.append("the merge cannot be computed: the manifest that it builds on is lost")
+            return None
         try:
             made = certify(self.spec, self.parent, (contributions, manifest.excluded), key=key,
-                           spec_digest=self.run.spec, rejections=self.rejections)
+                           spec_digest=self.run.spec, rejections=self.rejections, previous=self.previous)
         except SwarmError as exc:
             found.findings.append(f"the merge cannot be computed: {exc.message}")
             return None

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from swarmchain.checkpoint import allocate_tensors, compute_size, decode_tensors
 from swarmchain.errors import BlobMissing, CheckpointError, OpeningError, StoreError
 from swarmchain.layouts import Layout, checkpoint_layout
-from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
+from swarmchain.merge import Input, Share, compute_norm, merge_deltas, sum_statistics
+from swarmchain.merging import Trust
 from swarmchain.protocol import (
     Excluded,
     Included,
@@ -25,6 +27,7 @@ from swarmchain.protocol import (
     Opening,
     Reason,
     RoundKey,
+    Standing,
     compute_commitment,
     compute_digest,
     encode_canonical,
@@ -33,10 +36,11 @@ from swarmchain.protocol import (
 from swarmchain.spec import Spec, SumSpec
 from swarmchain.spool import Spool
 from swarmchain.store import Store
+from swarmchain.trust import choose_harmful, update_harm
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-CODE = "swarmchain-merge/2"  # moves whenever the same inputs would give other bytes
+CODE = "swarmchain-merge/3"  # moves whenever the same inputs would give other bytes
 NO_PARENT = "0" * 64
 
 
@@ -66,7 +70,7 @@ class Certified:
 
 def certify(
     spec: Spec, parent: tuple[str, Arrays], gathered: tuple[Sequence[Gathered], Sequence[Excluded]], *,
-    key: RoundKey, spec_digest: str, rejections: int,
+    key: RoundKey, spec_digest: str, rejections: int, previous: tuple[str, Manifest | None] = (NO_PARENT, None),
 ) -> Certified:
     """Merge what was gathered and write the certificate.
 
@@ -76,6 +80,9 @@ def certify(
         Digest and tensors of the parent checkpoint; `NO_PARENT` and no tensors where the merge is a sum.
     rejections
         Rejected rounds since the last finalized one; each halves the merged step.
+    previous
+        Digest and content of the last finalized round's manifest; `NO_PARENT` and None if there is none. It holds the
+        evidence against the sites, and says whose contributions this round's openings rate.
 
     Raises
     ------
@@ -86,12 +93,20 @@ def certify(
     inputs = [item.contribution for item in counted]
     step_scale = 0.5 ** min(rejections, 30)
     checkpoint, tensors = allocate_tensors(checkpoint_layout(spec))
+    trust = None if isinstance(spec, SumSpec) else spec.merge.trust
+    harm, harmful = weigh_evidence(trust, counted, previous[1])
     if isinstance(spec, SumSpec):
         method, bound, step_scale = "sum", None, 1.0
         shares = sum_statistics(inputs, into=tensors)
     else:
         method = spec.merge.method
-        shares, bound = merge_deltas(parent[1], inputs, spec.merge, into=tensors, step_scale=step_scale)
+        trusted = [item for item in inputs if item.site not in harmful]
+        shares, bound = merge_deltas(parent[1], trusted, spec.merge, into=tensors, step_scale=step_scale)
+        shares += [_leave_out(item, bound) for item in inputs if item.site in harmful]
+        if trust is not None and trust.rate_first and previous[1] is None:
+            step_scale = 0.0
+            for name, tensor in parent[1].items():  # nor may an outer optimiser remember it
+                np.copyto(tensors[name], tensor, casting="no")
     for tensor in tensors.values():
         tensor.flags.writeable = False
     by_site = {share.site: share for share in shares}
@@ -100,15 +115,34 @@ def certify(
             site=item.contribution.site, commitment=item.commitment, digest=item.opening.digest,
             samples=item.opening.samples, norm=by_site[item.contribution.site].norm,
             clip_factor=by_site[item.contribution.site].clip_factor, weight=by_site[item.contribution.site].weight,
+            doubt="found harmful" if item.contribution.site in harmful else None,
         )
         for item in counted
     )
     manifest = Manifest(
         chain_id=key.chain_id, contract=key.contract.lower(), run=key.run, round=key.round_id, spec=spec_digest,
-        parent=parent[0], method=method, bound=bound, step_scale=step_scale, included=included,
-        excluded=tuple(excluded), checkpoint=compute_digest(checkpoint), code=CODE,
+        parent=parent[0], previous=previous[0], method=method, bound=bound, step_scale=step_scale, included=included,
+        excluded=tuple(excluded), standing=tuple(Standing(site=site, harm_mnat=harm[site]) for site in sorted(harm)),
+        checkpoint=compute_digest(checkpoint), code=CODE,
     )
     return Certified(checkpoint, tensors, manifest, encode_canonical(manifest))
+
+
+def weigh_evidence(settings: Trust | None, counted: Sequence[Gathered], previous: Manifest | None
+                   ) -> tuple[dict[int, int], frozenset[int]]:
+    """The evidence against the sites after the ratings in these openings, and who has no weight for it."""
+    if settings is None or previous is None:
+        return {}, frozenset()
+    before = {item.site: item.harm_mnat for item in previous.standing}
+    ratings = {item.contribution.site: item.opening.ratings for item in counted}
+    harm = update_harm(before, ratings, settings, rated={item.site for item in previous.included})
+    return harm, choose_harmful(harm, ratings, settings)
+
+
+def _leave_out(item: Input, bound: float | None) -> Share:
+    """No weight, but the clip factor that it would have had: by it the others rate the contribution."""
+    clip = 1.0 if bound is None or item.norm <= bound else bound / item.norm
+    return Share(item.site, item.norm, clip, 0.0)
 
 
 def gather_one(store: Store, spool: Spool, commitment: str, layout: Layout, *, key: RoundKey, site: int

@@ -24,9 +24,9 @@ from swarmchain.keeper import Keeper
 from swarmchain.layouts import checkpoint_layout, local_layout, parameter_layout, state_layout
 from swarmchain.merging import ClippedMean, Codec, Merge
 from swarmchain.model import load_state, read_state
-from swarmchain.protocol import compute_digest, first_problem
+from swarmchain.protocol import Rating, compute_digest, first_problem
 from swarmchain.spec import CustomSpec, Gate, Limits, Tensor
-from swarmchain.tasks import Arrays, Assignment, Judgement
+from swarmchain.tasks import Arrays, Assignment, Judgement, Past
 
 Score = Callable[[nn.Module], float]
 Settings = Mapping[str, bool | int | float | str]
@@ -171,6 +171,10 @@ class CustomTask:
         was, score = (self._measure({**tensors, **own}) for tensors in (parent, merged))
         load_state(self._model, before)
         return score >= was - self._spec.gate.score_drop_max, score
+
+    def rate(self, past: Past) -> tuple[Rating, ...]:
+        """Nothing: what a site's score is about is its own affair, and need not compare."""
+        return ()
 
     def _measure(self, state: Mapping[str, npt.NDArray[Any]]) -> float:
         assert self._score is not None

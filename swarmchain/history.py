@@ -37,10 +37,10 @@ class RoundRecord:
     manifest: Manifest | None = None
 
     def explain_absence(self, site: int) -> str:
-        """Why a member's contribution is not in a finalized round's checkpoint; "" if it is."""
+        """Why a member's contribution has no part in a finalized round's checkpoint; "" if it has."""
         if self.manifest is None:
             return UNKNOWN if site in self.committed else NO_CONTRIBUTION
-        reasons: dict[int, str] = {item.site: "" for item in self.manifest.included}
+        reasons: dict[int, str] = {item.site: item.doubt or "" for item in self.manifest.included}
         reasons |= {item.site: item.reason for item in self.manifest.excluded}
         return reasons.get(site, NO_CONTRIBUTION)
 

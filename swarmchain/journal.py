@@ -21,16 +21,16 @@ from pathlib import Path
 
 from swarmchain.config import write_file
 from swarmchain.errors import ConfigError, JournalError, SendingBusy
-from swarmchain.protocol import Opening, RoundKey, compute_digest
+from swarmchain.protocol import Opening, Rating, RoundKey, compute_digest
 
-SCHEMA = 3
+SCHEMA = 4
 RECENT = 32
 LOCK_PAUSE_S = 0.05
 _TABLES = f"""
 begin immediate;
 create table if not exists owner (chain_id integer, contract text, site integer);
 create table if not exists contribution (
-    run integer, round integer, digest text, samples integer, salt text, primary key (run, round));
+    run integer, round integer, digest text, samples integer, ratings text, nonce text, primary key (run, round));
 create table if not exists vote (
     run integer, round integer, checkpoint text, manifest text, accept integer, score_bps integer, included text,
     primary key (run, round));
@@ -163,12 +163,13 @@ class Journal:
     def get_contribution(self, key: RoundKey) -> Opening | None:
         """What this site committed to in a round, if anything."""
         row = self._db.execute(
-            "select digest, samples, salt from contribution where run = ? and round = ?",
+            "select digest, samples, ratings, nonce from contribution where run = ? and round = ?",
             (key.run, key.round_id),
         ).fetchone()
         if row is None:
             return None
-        return Opening(digest=row[0], samples=row[1], salt=row[2])
+        ratings = tuple(Rating(site=site, effect_mnat=effect) for site, effect in json.loads(row[2]))
+        return Opening(digest=row[0], samples=row[1], ratings=ratings, nonce=row[3])
 
     def record_contribution(self, key: RoundKey, opening: Opening, data: bytes) -> None:
         """Write a promise and its bytes down. Raises `JournalError` if another one stands for this round."""
@@ -183,8 +184,9 @@ class Journal:
         with self._refuse():
             write_file(self._blobs / opening.digest, data, mode=0o600)
         self._write(
-            "insert into contribution values (?, ?, ?, ?, ?)",
-            (key.run, key.round_id, opening.digest, opening.samples, opening.salt),
+            "insert into contribution values (?, ?, ?, ?, ?, ?)",
+            (key.run, key.round_id, opening.digest, opening.samples,
+             json.dumps([[rating.site, rating.effect_mnat] for rating in opening.ratings]), opening.nonce),
         )
 
     def read_contribution(self, opening: Opening) -> bytes:

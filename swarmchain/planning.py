@@ -44,6 +44,7 @@ from swarmchain.spec import (
 from swarmchain.store import Store, read_checkpoint, read_spec
 
 S = TypeVar("S", CellTypeSpec, DonorSpec)
+ROUNDS_TO_RATE_FIRST = 20
 
 
 def plan_statistics(
@@ -143,7 +144,8 @@ def plan_cell_type(
         name=name, labels=labels, ontology=source.ontology, split_by=source.split_by,
         panel=Panel(features=features, share_min=panel_share_min, names=source.panel.names, aliases=aliases),
         normalization=source.normalization, minimums=source.minimums, validation_share=source.validation_share,
-        limits=limits, model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
+        limits=limits, model=model or Model(), training=training or Training(),
+        merge=fit_trust(merge or ClippedMean(), limits),
         codec=codec, gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,
     )
@@ -187,3 +189,10 @@ def draw_seed(draft: S, statistics: tuple[StatisticsSpec, Arrays]) -> tuple[S, b
     zeros = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}
     seed = encode_tensors({**zeros, **draw_state(draft), **constants}, layout)
     return draft.model_copy(update={"seed_checkpoint": compute_digest(seed)}), seed
+
+
+def fit_trust(merge: Merge, limits: Limits) -> Merge:
+    """A run of few rounds does not spend the first of them on ratings alone."""
+    if merge.trust is None or (limits.rounds >= ROUNDS_TO_RATE_FIRST and not limits.one_checkpoint):
+        return merge
+    return merge.model_copy(update={"trust": merge.trust.model_copy(update={"rate_first": False})})

@@ -13,11 +13,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import rfc8785
 from eth_hash.auto import keccak
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from swarmchain.errors import OpeningError
 
@@ -25,12 +25,16 @@ SITES_MAX = 256
 BPS = 10_000
 OPENING_BYTES_MAX = 16_384
 MANIFEST_BYTES_MAX = 1 << 20
+EFFECT_MNAT_MAX = 10_000
 COMMITMENT_TYPE = keccak(b"swarmchain.commitment.v2")
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Why a commitment was not counted: nothing disclosed; an opening that does not open it; a blob that is not the bytes of
 # its name; bytes that are not the tensors of the spec; NaN or infinity among them.
 Reason = Literal["withheld", "opening invalid", "blob altered", "blob malformed", "not finite"]
+# Why a good contribution has no weight: a majority of the other sites found the site's contributions harmful.
+Doubt = Literal["found harmful"]
+SiteIndex = Annotated[int, Field(ge=0, lt=SITES_MAX)]
 
 
 class Phase(IntEnum):
@@ -114,17 +118,46 @@ class RunView:
         return 0 if self.outcome is Outcome.FINALIZED else self.failures + 1
 
 
-class Opening(Strict):
-    """What a site discloses once the Commit phase is over. Its commitment binds every field."""
+class Rating(Strict):
+    """What one contribution of the last finalized round does to the rater's own validation cells.
 
-    format: Literal["swarmchain-opening/2"] = "swarmchain-opening/2"
+    `effect_mnat` is what it adds to their balanced cross-entropy, in 1/1000 nat: below 0 it helps. See `rating`.
+    """
+
+    site: SiteIndex
+    effect_mnat: Annotated[int, Field(ge=-EFFECT_MNAT_MAX, le=EFFECT_MNAT_MAX)]
+
+
+class Opening(Strict):
+    """What a site discloses once the Commit phase is over. Its commitment binds every field.
+
+    `ratings` are of the last finalized round's contributions, by site; none where the site has nothing to rate by.
+    """
+
+    format: Literal["swarmchain-opening/3"] = "swarmchain-opening/3"
     digest: Digest
     samples: Annotated[int, Field(ge=1, le=10**12)]
-    salt: Digest
+    ratings: Annotated[tuple[Rating, ...], Field(max_length=SITES_MAX)] = ()
+    nonce: Digest
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        sites = [rating.site for rating in self.ratings]
+        if sites != sorted(set(sites)):
+            raise ValueError("the ratings are not in the order of the sites, each once")
+        return self
+
+    @property
+    def salt(self) -> str:
+        """The salt of the commitment: a digest of nonce and ratings, so that the commitment binds both."""
+        return compute_digest(encode_canonical([self.nonce, [[r.site, r.effect_mnat] for r in self.ratings]]))
 
 
 class Included(Strict):
-    """One contribution that a merge counted, and with what share."""
+    """One good contribution, and with what share a merge counted it.
+
+    `doubt` is why it has no weight, None if the method alone decided that.
+    """
 
     site: int
     commitment: Digest
@@ -133,6 +166,14 @@ class Included(Strict):
     norm: float
     clip_factor: float
     weight: float
+    doubt: Doubt | None = None
+
+
+class Standing(Strict):
+    """The evidence against one site, in 1/1000 nat; sites that are not named have none. See `trust`."""
+
+    site: SiteIndex
+    harm_mnat: Annotated[int, Field(ge=1)]
 
 
 class Excluded(Strict):
@@ -146,22 +187,26 @@ class Excluded(Strict):
 class Manifest(Strict):
     """A round's certificate: what went into its checkpoint, with which shares, and what did not and why.
 
-    `bound` is the norm above which contributions were scaled down, None where the method does not; the merged delta was
-    multiplied with `step_scale`. `code` names the version of the merge's arithmetic.
+    `previous` is the digest of the last finalized round's manifest, zeros if there is none. `bound` is the norm above
+    which contributions were scaled down, None where the method does not; the merged delta was multiplied with
+    `step_scale`. `standing` is the evidence against the sites after this round's ratings. `code` names the version of
+    the merge's arithmetic.
     """
 
-    format: Literal["swarmchain-manifest/2"] = "swarmchain-manifest/2"
+    format: Literal["swarmchain-manifest/3"] = "swarmchain-manifest/3"
     chain_id: int
     contract: str
     run: int
     round: int
     spec: Digest
     parent: Digest
+    previous: Digest
     method: str
     bound: float | None
     step_scale: float
     included: tuple[Included, ...]
     excluded: tuple[Excluded, ...]
+    standing: tuple[Standing, ...] = ()
     checkpoint: Digest
     code: str
 

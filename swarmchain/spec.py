@@ -309,7 +309,7 @@ class RehearsalSpec(_Spec):
 
     task: Literal["rehearsal"] = "rehearsal"
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=FEATURES_MAX)], ...], Field(min_length=2)]
-    merge: Merge = ClippedMean()
+    merge: Merge = ClippedMean(trust=None)
     codec: Codec = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -29,7 +29,8 @@ def build_rounds(contract: SwarmContract, store: Store, run: int, names: Mapping
                 {"site": names[i.site], "samples": i.samples, "norm": i.norm, "clip_factor": i.clip_factor,
                  "weight": i.weight} for i in (manifest.included if manifest else ())
             ],
-            "excluded": [{"site": names[e.site], "reason": e.reason} for e in (manifest.excluded if manifest else ())],
+            "excluded": [{"site": names[e.site], "reason": e.reason} for e in (manifest.excluded if manifest else ())]
+            + [{"site": names[i.site], "reason": i.doubt} for i in (manifest.included if manifest else ()) if i.doubt],
             "scores": {names[i]: score / BPS for i, score in record.scores.items()}, "test_macro_f1": None,
         })
     return rows

@@ -7,7 +7,7 @@ depend on whether it was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from swarmchain.config import SiteConfig
 from swarmchain.errors import DataError, SpecError
 from swarmchain.keeper import Keeper
 from swarmchain.layouts import checkpoint_layout, local_layout, parameter_layout
-from swarmchain.protocol import RoundKey, derive_seed
+from swarmchain.protocol import Rating, RoundKey, derive_seed
 from swarmchain.spec import CellTypeSpec, DonorSpec, EvaluationSpec, RehearsalSpec, StatisticsSpec, SumSpec, TrainedSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -42,6 +42,19 @@ class Assignment:
     after: int = 0
 
 
+@dataclass(frozen=True)
+class Past:
+    """The last finalized round, to be rated; nothing is read before it is asked for.
+
+    `read_parent` gives the checkpoint that it started from, `read_contributions` of every site but this one the site,
+    the clip factor and the coded tensors.
+    """
+
+    round_id: int
+    read_parent: Callable[[], Arrays]
+    read_contributions: Callable[[], Iterator[tuple[int, float, Arrays]]]
+
+
 class Task(Protocol):
     """One task, ready for every round of its run."""
 
@@ -55,6 +68,10 @@ class Task(Protocol):
 
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
         """Whether a merged checkpoint passes this site's gate, and its score on the site's validation cells."""
+        ...
+
+    def rate(self, past: Past) -> tuple[Rating, ...]:
+        """What the contributions of a round do to the site's validation cells; nothing if it has none."""
         ...
 
 
@@ -86,6 +103,10 @@ class StatisticsTask:
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
         """Sums are what they are."""
         return True, None
+
+    def rate(self, past: Past) -> tuple[Rating, ...]:
+        """There is nothing to rate by."""
+        return ()
 
 
 class CellTypeTask:
@@ -153,6 +174,15 @@ class CellTypeTask:
         before = score_checkpoint({**parent, **own}, self._cells, self._spec) or 0.0
         return score >= before - self._spec.gate.score_drop_max, score
 
+    def rate(self, past: Past) -> tuple[Rating, ...]:
+        """See `rating`."""
+        from swarmchain.rating import rate_contributions
+
+        own = self._kept.read(past.round_id) or {}
+        if len(self._cells.validation) == 0:
+            return ()
+        return rate_contributions({**past.read_parent(), **own}, past.read_contributions(), self._cells, self._spec)
+
 
 class DonorTask(CellTypeTask):
     """Local training of a classifier of donors: the same, on rows or bags of cells, with scores as the spec says."""
@@ -212,6 +242,10 @@ class EvaluationTask:
         """Sums are what they are."""
         return True, None
 
+    def rate(self, past: Past) -> tuple[Rating, ...]:
+        """There is nothing to rate by."""
+        return ()
+
 
 class RehearsalTask:
     """Random numbers of the model's size, the same for the same seed, round and site on every machine."""
@@ -238,6 +272,10 @@ class RehearsalTask:
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
         """There is nothing to judge by."""
         return True, None
+
+    def rate(self, past: Past) -> tuple[Rating, ...]:
+        """There is nothing to rate by."""
+        return ()
 
 
 def check_standardization(spec: TrainedSpec, source: StatisticsSpec, statistics: Arrays, seed: Arrays) -> Arrays:

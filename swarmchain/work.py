@@ -5,21 +5,21 @@ Knows the run's tensors and the site's cells, and neither keys nor transactions:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy.typing as npt
 
 from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_one
-from swarmchain.checkpoint import encode_tensors
+from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
 from swarmchain.codec import encode_deltas
 from swarmchain.config import SiteConfig, write_file
-from swarmchain.errors import SpecError, SwarmError
+from swarmchain.errors import CheckpointError, SpecError, StoreError, StoreUnreachable, SwarmError
 from swarmchain.keeper import Keeper
 from swarmchain.layouts import contribution_layout, local_layout, parameter_layout
 from swarmchain.methods import find_method
 from swarmchain.names import NAMES_BYTES_MAX
-from swarmchain.protocol import Excluded, Reason, RoundKey, RunView
+from swarmchain.protocol import Excluded, Included, Manifest, Rating, Reason, RoundKey, RunView
 from swarmchain.spec import (
     CellSpec,
     CellTypeSpec,
@@ -40,11 +40,14 @@ from swarmchain.tasks import (
     CellTypeTask,
     DonorTask,
     EvaluationTask,
+    Past,
     RehearsalTask,
     StatisticsTask,
     Task,
     start_parent,
 )
+
+MANIFESTS_KEPT = 4
 
 
 class RunWork:
@@ -77,6 +80,7 @@ class RunWork:
         self._spool = Spool(config.work_dir / "spool")
         self._parent: tuple[str, Arrays] = ("", {})
         self._made: tuple[str, Arrays] = ("", {})
+        self._manifests: dict[str, Manifest] = {}
         self._round: RoundKey | None = None
         self._good: dict[int, Gathered] = {}
         self.task = task or self._prepare(self._fetch_names(config), view_run)
@@ -127,10 +131,61 @@ class RunWork:
         if self._made[0] == digest:
             self._parent, self._made = self._made, ("", {})
         elif self._parent[0] != digest:
-            tensors = start_parent(self.spec) if isinstance(self.spec, RehearsalSpec) and digest == NO_PARENT \
-                else read_checkpoint(self.store, digest, self.spec)
-            self._parent = (digest, tensors)
+            self._parent = (digest, self._read_checkpoint(digest))
         return self._parent
+
+    def _read_checkpoint(self, digest: str) -> Arrays:
+        if isinstance(self.spec, RehearsalSpec) and digest == NO_PARENT:
+            return start_parent(self.spec)
+        return read_checkpoint(self.store, digest, self.spec)
+
+    def read_previous(self, view: RunView) -> tuple[str, Manifest | None]:
+        """Digest and content of the manifest that the newest round builds on: the last one finalized before it."""
+        digest = view.manifest if view.finalized_round else NO_PARENT
+        if view.finalized_round == view.round_id and view.round_id > 0:
+            digest = self._read_manifest(digest).previous
+        return digest, None if digest == NO_PARENT else self._read_manifest(digest)
+
+    def _read_manifest(self, digest: str) -> Manifest:
+        if digest not in self._manifests:
+            self._manifests[digest] = read_manifest(self.store, digest)
+            for old in list(self._manifests)[:-MANIFESTS_KEPT]:
+                del self._manifests[old]
+        return self._manifests[digest]
+
+    def rate(self, view: RunView) -> tuple[Rating, ...]:
+        """What the last finalized round's contributions do to this site's validation cells; see `rating`.
+
+        A contribution that is no longer in the store is not rated.
+        """
+        previous = self.read_previous(view)[1]
+        if previous is None or isinstance(self.spec, SumSpec) or self.spec.merge.trust is None:
+            return ()
+
+        def read_past_parent() -> Arrays:
+            is_held = self._parent[0] == previous.parent
+            return self._parent[1] if is_held else self._read_checkpoint(previous.parent)
+
+        return self.task.rate(Past(previous.round, read_past_parent, lambda: self._read_others(previous.included)))
+
+    def _read_others(self, included: tuple[Included, ...]) -> Iterator[tuple[int, float, Arrays]]:
+        """Site, clip factor and tensors of every contribution but this site's own."""
+        for item in included:
+            if item.site == self.site:
+                continue
+            held = self._good.get(item.site)
+            if held is not None and held.commitment == item.commitment:
+                yield item.site, item.clip_factor, held.contribution.tensors
+                continue
+            data = self._spool.get_slot(item.site, compute_size(self._layout))
+            self._good.pop(item.site, None)  # it lies in the same slot
+            try:
+                self.store.read_blob(item.digest, data)
+                yield item.site, item.clip_factor, decode_tensors(data, self._layout)
+            except StoreUnreachable:
+                raise
+            except (StoreError, CheckpointError):
+                continue
 
     def contribute(self, view: RunView, key: RoundKey) -> tuple[bytes, int, dict[str, float]]:
         """Bytes of this site's contribution, its number of training cells, and remarks."""
@@ -171,8 +226,9 @@ class RunWork:
         if not counted:
             return None
         made = certify(self.spec, self.read_parent(view), (counted, excluded), key=key, spec_digest=self.spec_digest,
-                       rejections=view.rejections)
+                       rejections=view.rejections, previous=self.read_previous(view))
         self._made = (made.manifest.checkpoint, made.tensors)
+        self._manifests[made.manifest_digest] = made.manifest
         return made
 
     def judge(self, certified: Certified, view: RunView) -> tuple[bool, float | None]:

@@ -31,10 +31,20 @@ from swarmchain.errors import SwarmError
 from swarmchain.journal import Ballot, Journal, Promised
 from swarmchain.layouts import contribution_layout
 from swarmchain.outbox import Outbox
-from swarmchain.protocol import Opening, Phase, RoundKey, RunView, compute_digest, encode_canonical, parse_opening
+from swarmchain.protocol import (
+    EFFECT_MNAT_MAX,
+    Opening,
+    Phase,
+    Rating,
+    RoundKey,
+    RunView,
+    compute_digest,
+    encode_canonical,
+    parse_opening,
+)
 from swarmchain.site import Site, open_contract
 from swarmchain.store import Store
-from swarmchain.tasks import Arrays, Assignment
+from swarmchain.tasks import Arrays, Assignment, Past
 from swarmchain.work import RunWork
 
 CALLS = {"commit": "commit", "vote": "vote", "open": "openRound"}
@@ -175,7 +185,7 @@ class FaultyTask:
         tensors, samples, metrics = self._task.contribute(assignment)
         if self._fault.strikes("SCALED_1000"):
             tensors = {name: value * np.float32(1000) for name, value in tensors.items()}
-        if self._fault.strikes("SIGN_FLIP"):
+        if self._fault.strikes("SIGN_FLIP") or self._fault.is_now("HOSTILE"):
             tensors = {name: -value for name, value in tensors.items()}
         return tensors, samples, metrics
 
@@ -185,6 +195,12 @@ class FaultyTask:
         self._fault.leave("vote")
         return self._task.judge(merged, parent)
 
+    def rate(self, past: Past) -> tuple[Rating, ...]:
+        ratings = self._task.rate(past)
+        if self._fault.is_now("HOSTILE"):
+            return tuple(Rating(site=rating.site, effect_mnat=EFFECT_MNAT_MAX) for rating in ratings)
+        return ratings
+
 
 class FaultyWork(RunWork):
     """Hands in bytes that are no contribution, dies in the merge, or votes for what nobody else computes."""
@@ -193,7 +209,7 @@ class FaultyWork(RunWork):
 
     def contribute(self, view: RunView, key: RoundKey) -> tuple[bytes, int, dict[str, float]]:
         data, samples, metrics = super().contribute(view, key)
-        if key.round_id > 1:
+        if key.round_id > 1 and self.fault.kind != "HOSTILE":
             self.fault.done()  # one round of it is enough: the next one shows how the site comes back
         if self.fault.strikes("NAN"):
             data = data[:-4] + np.float32("nan").tobytes()

@@ -24,7 +24,17 @@ from swarmchain.codec import encode_deltas
 from swarmchain.devchain import Devchain
 from swarmchain.errors import ReplayError
 from swarmchain.layouts import contribution_layout, parameter_layout
-from swarmchain.protocol import Excluded, Opening, Phase, Terms, compute_commitment, compute_digest, encode_canonical
+from swarmchain.protocol import (
+    Excluded,
+    Manifest,
+    Opening,
+    Phase,
+    Standing,
+    Terms,
+    compute_commitment,
+    compute_digest,
+    encode_canonical,
+)
 from swarmchain.replay import read_history, rebuild
 from swarmchain.spec import Limits, RehearsalSpec, encode_spec
 from swarmchain.spool import Spool
@@ -43,6 +53,7 @@ class Play:
     spec: RehearsalSpec
     run: int = 0
     parent: tuple[str, Arrays] = ("", {})
+    previous: tuple[str, Manifest | None] = (NO_PARENT, None)
     rejections: int = 0
     store: Store = field(init=False)
 
@@ -65,7 +76,7 @@ class Play:
             deltas = {n: draw(100 * round_id + 10 * site + k, shape) for k, (n, (_, shape)) in
                       enumerate(layout.items())}
             data = encode_tensors(encode_deltas(deltas, self.spec.codec)[0], contribution_layout(self.spec))
-            opening = Opening(digest=compute_digest(data), samples=10 + site, salt=f"{site + 1:064x}")
+            opening = Opening(digest=compute_digest(data), samples=10 + site, nonce=f"{site + 1:064x}")
             commitment = compute_commitment(key, site, opening)
             contract.commit(self.world.signers[site], self.run, round_id, commitment)
             openings[site] = commitment
@@ -83,7 +94,7 @@ class Play:
         counted = [item for item in found.values() if not isinstance(item, str)]
         excluded = [Excluded(site=site, commitment=commitments[site], reason=reason)
                     for site, reason in found.items() if isinstance(reason, str)]
-        return certify(self.spec, self.parent, (counted, excluded), key=key, rejections=self.rejections,
+        return certify(self.spec, self.parent, (counted, excluded), key=key, rejections=self.rejections, previous=self.previous,
                        spec_digest=self.world.contract.view_run(self.run).spec)
 
     def finalize(self, round_id: int, made: Any, *, manifest: bytes | None = None, checkpoint: bytes | None = None,
@@ -94,7 +105,7 @@ class Play:
         for signer in self.world.signers[:2]:
             self.world.contract.vote(signer, (self.run, round_id), *pair, accept=accept, score_bps=5000)
         if accept:
-            self.parent, self.rejections = (pair[0], made.tensors), 0
+            self.parent, self.previous, self.rejections = (pair[0], made.tensors), (pair[1], made.manifest), 0
         else:
             self.rejections += 1
 
@@ -234,6 +245,7 @@ def test_checkpoint_that_a_majority_made_up_is_found(play: Play) -> None:
 @pytest.mark.parametrize(("change", "said"), [
     ({"round": 7}, "manifest's round"), ({"chain_id": 5}, "manifest's chain_id"), ({"parent": "1" * 64}, "parent"),
     ({"spec": "1" * 64}, "manifest's spec"), ({"code": "other/1"}, "verify with the version"),
+    ({"previous": "1" * 64}, "manifest's previous"), ({"standing": (Standing(site=1, harm_mnat=9),)}, "standing"),
     ({"step_scale": 0.5}, "step_scale"), ({"method": "mean"}, "method"), ({"bound": None}, "bound"),
     ({"excluded": ()}, "commitments"), ({"included": ()}, "commitments")])
 def test_manifest_that_says_anything_else_is_found(play: Play, change: dict[str, Any], said: str) -> None:

@@ -54,7 +54,7 @@ class Round:
     def __init__(self, folder: Path, spec: RehearsalSpec, data: bytes) -> None:
         self.folder, self.layout = folder, contribution_layout(spec)
         self.store, self.spool = Store(str(folder)), Spool(folder / "spool")
-        self.opening = Opening(digest=compute_digest(data), samples=10, salt="12" * 32)
+        self.opening = Opening(digest=compute_digest(data), samples=10, nonce="12" * 32)
         self.commitment = compute_commitment(KEY, 0, self.opening)
         self.store.put_blob(data)
         self.store.put_opening(self.commitment, encode_canonical(self.opening))
@@ -176,7 +176,8 @@ def test_fuzzed_contributions_that_were_committed_to_are_refused(tmp_path: Path)
 
 def make_manifest() -> Manifest:
     return Manifest(chain_id=1, contract="0x" + "ab" * 20, run=1, round=1, spec="0" * 64, parent="0" * 64,
-                    method="mean", bound=None, step_scale=1.0, included=(), excluded=(), checkpoint="0" * 64, code="c")
+                    previous="0" * 64, method="mean", bound=None, step_scale=1.0, included=(), excluded=(),
+                    checkpoint="0" * 64, code="c")
 
 
 def test_fuzzed_manifests_are_refused_or_say_the_same() -> None:
@@ -198,7 +199,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 
 @pytest.mark.parametrize(("parse", "good"), [
-    (parse_opening, json.loads(encode_canonical(Opening(digest="0" * 64, samples=1, salt="0" * 64)))),
+    (parse_opening, json.loads(encode_canonical(Opening(digest="0" * 64, samples=1, nonce="0" * 64)))),
     (parse_manifest, json.loads(encode_canonical(make_manifest())))], ids=["opening", "manifest"])
 @given(value=JSON, data=st.data())
 def test_invalid_json_in_any_field(parse: Any, good: dict[str, Any], value: Any, data: st.DataObject) -> None:

@@ -79,7 +79,7 @@ def test_one_key_used_by_two_processes_at_once(engine: Literal["anvil", "hardhat
 
 
 def test_commitment_equals_the_contracts(world: World) -> None:
-    opening = Opening(digest="cd" * 32, samples=7, salt="ef" * 32)
+    opening = Opening(digest="cd" * 32, samples=7, nonce="ef" * 32)
     key = world.contract.key_of(3, 9)
     reference = world.contract._call(
         "computeCommitment", 3, 9, 1, bytes.fromhex(opening.digest), 7, bytes.fromhex(opening.salt)

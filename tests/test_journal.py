@@ -26,7 +26,7 @@ def make_promise(nonce: int = 0, digest: str = "aa", sent_at: float = 1.0) -> Pr
 
 
 def test_journal_remembers_over_a_restart(tmp_path: Path) -> None:
-    opening = Opening(digest=compute_digest(b"x"), samples=3, salt=ZERO)
+    opening = Opening(digest=compute_digest(b"x"), samples=3, nonce=ZERO)
     journal = open_journal(tmp_path)
     journal.record_contribution(KEY, opening, b"x")
     journal.record_vote(KEY, Ballot("c", "m", True, 12, frozenset({0, 2})))
@@ -93,7 +93,7 @@ from swarmchain.protocol import Opening, RoundKey, compute_digest
 key = RoundKey(31337, "0x" + "1" * 40, 1, 1)
 journal = Journal(Path(sys.argv[1]), chain_id=31337, contract=key.contract, site=0)
 data = bytes(int(sys.argv[2]))
-opening = Opening(digest=compute_digest(data), samples=1, salt="0" * 64)
+opening = Opening(digest=compute_digest(data), samples=1, nonce="0" * 64)
 used = max(path.stat().st_size for path in Path(sys.argv[1]).iterdir())
 resource.setrlimit(resource.RLIMIT_FSIZE, (used, used))
 try:

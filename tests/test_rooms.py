@@ -222,7 +222,7 @@ def test_salt_is_secret_and_repeatable() -> None:
 
 
 def test_opening_round_trip_and_refusals() -> None:
-    opening = Opening(digest=ZERO, samples=1, salt=ZERO)
+    opening = Opening(digest=ZERO, samples=1, nonce=ZERO)
     data = encode_canonical(opening)
     assert parse_opening(data) == opening
     unknown, empty = data.replace(b"{", b'{"x":1,', 1), data.replace(b'"samples":1', b'"samples":0')

@@ -182,7 +182,7 @@ def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed:
     if len(widths) < 2:
         raise ConfigError("a model has at least two widths", hint="--width 2000 --width 10 is the smallest kind")
     spec = RehearsalSpec(name=name, widths=widths, seed=seed, limits=Limits(rounds=rounds, sites_to_start=sites),
-                         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
+                         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}, "trust": None}),
                          codec=merging["codec"])
     data = encode_spec(spec)
     parse_spec(data)
