@@ -265,7 +265,7 @@ path = {data}
 # the column of .obs that holds the cell type
 label_column = {label_column}
 # what X holds: "counts", "log1p", "arcsinh", "none" (as it is), or "auto" (told from the numbers)
-state = "auto"
+state = {state}
 # use this layer in place of X
 # layer = "counts"
 
@@ -286,6 +286,7 @@ def render_site_toml(
     keystore: str = "keystore.json",
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
+    state: str = "auto",
     poll_s: float = 0.5,
     stagger_s: float = 2.0,
 ) -> str:
@@ -296,7 +297,7 @@ def render_site_toml(
     )
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     section = "" if data is None else DATA_TOML.format(
-        data=quote(data), label_column=quote(label_column), label_map=lines)
+        data=quote(data), label_column=quote(label_column), state=quote(state), label_map=lines)
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
         keystore=quote(keystore), password_line=password, data_section=section, poll_s=poll_s, stagger_s=stagger_s,
