@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from swarmchain.config import DataConfig, SiteCard
 from swarmchain.consortium import Consortium, start_consortium
+from swarmchain.duties import is_over
 from swarmchain.errors import RunFailed
 from swarmchain.inprocess import InProcess
 from swarmchain.protocol import RunView
@@ -67,9 +68,12 @@ class _InProcess:
 
 
 class _Agents:
+    """Agents are started for two runs at once, since most of a short run's time is the start of Python."""
+
     def __init__(self, consortium: Consortium) -> None:
         self.store = consortium.store
         self._consortium = consortium
+        self._awaited = 0
 
     def list_cards(self) -> list[SiteCard]:
         return [site.card for site in self._consortium.sites]
@@ -77,19 +81,23 @@ class _Agents:
     def play(self, spec: Spec, seed_checkpoint: bytes = b"") -> tuple[RunView, Scores]:
         if seed_checkpoint:
             self.store.put_blob(seed_checkpoint)
-        consortium, scores = self._consortium, {}
+        consortium = self._consortium
+        scores: Scores = {}
+        contract = consortium.contract
 
         def note(site: str, event: dict[str, Any]) -> None:
-            if event["event"] == "voted":
+            if event["event"] == "voted" and event["run"] == run:
                 scores[site] = event["score"]
 
         run = consortium.propose(spec)
-        consortium.start_agents([run])
-        try:
+        if self._awaited == run:
             consortium.follow(note)
-        finally:
+        else:
             consortium.stop_agents()
-        view = consortium.contract.view_run(run)
+            consortium.start_agents([run, run + 1])
+            self._awaited = run + 1
+            consortium.follow(note, until=lambda: is_over(contract.view_run(run), spec.limits))
+        view = contract.view_run(run)
         if not view.finalized_round:
             raise RunFailed(f"run {run} of {spec.name!r} ended without a checkpoint",
                             hint=f"what the agents said is in {consortium.folder}")

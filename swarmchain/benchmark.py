@@ -133,9 +133,7 @@ def run_benchmark(settings: Settings, *, say: Say = lambda words: None) -> dict[
     """
     with tempfile.TemporaryDirectory(prefix="swarmchain-benchmark-") as name:
         folder = Path(name)
-        dealt = deal_splits(folder / "data", settings.data, splits=settings.splits, site_column=settings.site_column,
-                            label_column=settings.label_column, donor_column=settings.donor_column)
-        _require_enough(dealt, settings)
+        dealt = deal(folder / "data", settings)
         swarms: list[Swarm] = []
         measured: Measured | None = None
         for seed in range(settings.seeds):
@@ -178,6 +176,14 @@ def change_law(model: Model, training: Training, changes: Mapping[str, str]) -> 
     changed_model, changed_training = parts["model"], parts["training"]
     assert isinstance(changed_model, Model) and isinstance(changed_training, Training)
     return changed_model, changed_training
+
+
+def deal(folder: Path, settings: Settings) -> Dealt:
+    """One file per site, and the held-out cells, under `folder`. Raises as `run_benchmark` does."""
+    dealt = deal_splits(folder, settings.data, splits=settings.splits, site_column=settings.site_column,
+                        label_column=settings.label_column, donor_column=settings.donor_column)
+    _require_enough(dealt, settings)
+    return dealt
 
 
 def play_swarm(folder: Path, dealt: Dealt, settings: Settings, *, seed: int) -> Swarm:

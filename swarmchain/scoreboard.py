@@ -12,7 +12,7 @@ from rich.table import Table
 
 from swarmchain.config import write_file
 
-ARMS = (("central", "central"), ("swarm", "swarm"), ("linear", "logistic\nregression"), ("local_mean", "local\nmean"),
+ARMS = (("central", "central"), ("swarm", "swarm"), ("linear", "linear"), ("local_mean", "local\nmean"),
         ("local_worst", "worst\nlocal"))
 # Okabe & Ito's colours, told apart by most colour-blind readers
 COLOURS = {"central": "#0072b2", "swarm": "#d55e00", "linear": "#009e73", "local_mean": "#cc79a7",
@@ -31,20 +31,21 @@ def format_tables(found: Mapping[str, Any]) -> list[Table]:
 
 def _format_arms(found: Mapping[str, Any]) -> Table:
     arms, seeds = found["arms"], found["settings"]["seeds"]
-    table = _start(f"F1 on the same held-out cells, mean ± SD of {seeds} seed{'s' * (seeds > 1)}",
-                   caption=f"worst local: {arms['local_worst']['site']}")
+    table = _start(f"F1 on the same held-out cells, mean of {seeds} seed{'s' * (seeds > 1)}",
+                   caption=f"linear: logistic regression on pooled cells; worst local: {arms['local_worst']['site']}")
     table.add_column("cell type (cells)", no_wrap=True, vertical="bottom")
     for key, words in ARMS:
-        table.add_column(words, justify="right", style="green" if key == "swarm" else "", vertical="bottom")
-    table.add_row("macro-F1", *(f"{arms[k]['macro_f1']:.3f} ±{arms[k]['sd']:.3f}" for k, _ in ARMS), style="bold",
-                  end_section=True)
+        table.add_column(words, justify="right", style="green" if key == "swarm" else "", vertical="bottom",
+                         no_wrap=True)
+    table.add_row("macro-F1", *(_number(arms[k]["macro_f1"]) for k, _ in ARMS), style="bold")
+    table.add_row("± SD of seeds", *(_number(arms[k]["sd"]) for k, _ in ARMS), end_section=True)
     for label, cells in found["support"].items():
         table.add_row(f"{label} ({cells})", *(_number(arms[k]["per_class"].get(label)) for k, _ in ARMS))
     return table
 
 
 def _format_differences(found: Mapping[str, Any]) -> Table:
-    table = _start("macro-F1, swarm less each other arm", caption="95 %, paired bootstrap over test cells, by class")
+    table = _start("macro-F1, swarm less each other arm", caption="95 %, paired bootstrap over test cells")
     for head in ("less", "difference", "95 % interval"):
         table.add_column(head, justify="left" if head == "less" else "right")
     for name, entry in found["differences"].items():
@@ -54,7 +55,7 @@ def _format_differences(found: Mapping[str, Any]) -> Table:
 
 
 def _format_home(found: Mapping[str, Any]) -> Table:
-    table = _start("home against swarm: macro-F1 on each site's own validation cells")
+    table = _start("home against swarm: macro-F1 on own validation cells")
     for head in ("site", "cells", "trained alone", "swarm", "gain"):
         table.add_column(head, justify="left" if head == "site" else "right")
     for name, entry in found["home"].items():
