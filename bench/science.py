@@ -22,13 +22,14 @@ import torch
 from tables import PAGE, replace_table
 
 from swarmchain.benchmark import Settings, run_benchmark
+from swarmchain.planning import recommend_training
 from swarmchain.scoreboard import format_row, write_figure
-from swarmchain.spec import Model, Normalization, Training
+from swarmchain.spec import Normalization
 
-GENES = {"sites_per_feature_min": 3, "panel_share_min": 0.3}
+GENES: dict[str, Any] = {"normalization": Normalization(), "sites_per_feature_min": 3, "panel_share_min": 0.3}
 MARKERS: dict[str, Any] = {
     "normalization": Normalization(kind="arcsinh", cofactor=5.0), "state": "none", "sites_per_feature_min": 1,
-    "panel_share_min": 0.5, "training": Training(), "model": Model()}
+    "panel_share_min": 0.5}
 CYTOMETRY = ("cytof_multicenter/cytof_multicenter_small.h5ad", "cytof_multicenter_small.csv.gz")
 SETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pbmc_multistudy": ("pbmc_multistudy", "pbmc_multistudy.csv.gz", GENES),
@@ -42,7 +43,8 @@ def make_settings(name: str, **changes: Any) -> Settings:
     if root is None:
         sys.exit("SWARMCHAIN_DATA must name the folder that holds pbmc_multistudy, cytof_multicenter and splits")
     data, splits, settings = SETS[name]
-    return Settings(**{"data": Path(root) / data, "splits": Path(root) / "splits" / splits, **settings, **changes})
+    training = recommend_training(settings["normalization"])
+    return Settings(**{"training": training, "data": Path(root) / data, "splits": Path(root) / "splits" / splits, **settings, **changes})
 
 
 def check_real(settings: Settings, found: dict[str, Any], name: str) -> None:

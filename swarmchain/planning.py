@@ -70,6 +70,15 @@ def read_statistics(store: Store, view: RunView) -> tuple[StatisticsSpec, Arrays
     return spec, read_checkpoint(store, view.checkpoint, spec)
 
 
+def recommend_training(normalization: Normalization) -> Training:
+    """Settings that serve a kind of data, found on training cells (docs/benchmarks.md).
+
+    A panel of a few markers (`arcsinh`) makes a small network whose weights have far to go in one round; with the
+    learning rate that suits hundreds of genes it is not done when the run is.
+    """
+    return Training(lr=1e-2) if normalization.kind == "arcsinh" else Training()
+
+
 def plan_cell_type(
     statistics: tuple[StatisticsSpec, Arrays], view: RunView, *, name: str, limits: Limits, sites_per_feature_min: int,
     model: Model | None = None, training: Training | None = None, merge: Merge | None = None, gate: Gate | None = None,
@@ -78,7 +87,7 @@ def plan_cell_type(
     """A training run on what a statistics run found, and its seed checkpoint.
 
     The panel is every feature that at least `sites_per_feature_min` sites have and that varies; the labels are those
-    with at least one training cell.
+    with at least one training cell. Without `training` it is `recommend_training`'s.
 
     Raises
     ------
@@ -97,7 +106,7 @@ def plan_cell_type(
     draft = CellTypeSpec(
         name=name, panel=Panel(features=features, share_min=panel_share_min), labels=labels,
         normalization=source.normalization, limits=limits, validation_share=source.validation_share,
-        model=model or Model(), training=training or Training(), merge=merge or ClippedMean(),
+        model=model or Model(), training=training or recommend_training(source.normalization), merge=merge or ClippedMean(),
         codec=codec, gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,
     )

@@ -30,7 +30,7 @@ from swarmchain.cli.common import example, interrupt_on_signals, print_json
 @click.option("--features-at", type=click.IntRange(min=1), default=3, show_default=True,
               help="The panel is what at least so many sites have.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True, help="Rounds of each swarm.")
-@click.option("--steps", type=click.IntRange(min=1), help="Minibatches of a site in one round. Default: the spec's.")
+@click.option("--steps", type=click.IntRange(min=1), help="Minibatches of a site in one round. Default: 20.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE",
               help="Another field of training or model, as training.lr=0.003; may be given again.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Trainings of every arm.")
@@ -70,14 +70,17 @@ def benchmark(data: Path, splits: Path, out: Path, as_json: bool, **options: Any
 
 def _build_settings(data: Path, splits: Path, options: dict[str, Any]) -> Any:
     from swarmchain.benchmark import Settings, change_law
-    from swarmchain.spec import Model, Normalization, Training
+    from swarmchain.planning import recommend_training
+    from swarmchain.spec import Model, Normalization
 
     steps = {} if options["steps"] is None else {"training.steps": str(options["steps"])}
-    model, training = change_law(Model(), Training(), {**steps, **_read_changes(options["changes"])})
+    normalization = Normalization(kind=options["normalization"], cofactor=options["cofactor"])
+    model, training = change_law(Model(), recommend_training(normalization),
+                                 {**steps, **_read_changes(options["changes"])})
     return Settings(
         data=data, splits=splits, task=options["task"], site_column=options["site_column"],
         label_column=options["label_column"], donor_column=options["donor_column"], state=options["state"],
-        normalization=Normalization(kind=options["normalization"], cofactor=options["cofactor"]),
+        normalization=normalization,
         sites_per_feature_min=options["features_at"], rounds=options["rounds"], model=model, training=training,
         seeds=options["seeds"], central_steps=options["central_steps"], is_real=options["is_real"],
         leaves_one_out=options["leave_one_out"], resamples=options["resamples"])
