@@ -304,7 +304,7 @@ label_column = {label_column}
 {labels_line}
 # what X holds: "counts", "log1p", "arcsinh", "intensities" (cytometry as measured), "proportions", "none" (as it is),
 # or "auto" (told from the numbers)
-state = "auto"
+state = {state}
 # use this layer in place of X; "raw" is .raw
 # layer = "counts"
 # the feature that holds a row's total, where proportions are made of counts
@@ -352,6 +352,7 @@ def render_site_toml(
     keystore: str = "keystore.json",
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
+    state: str = "auto",
     poll_s: float = 0.5,
     stagger_s: float = 2.0,
 ) -> str:
@@ -362,7 +363,7 @@ def render_site_toml(
     )
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     section = "" if data is None else DATA_TOML.format(
-        data=quote(data), label_column=quote(label_column), label_map=lines,
+        data=quote(data), label_column=quote(label_column), state=quote(state), label_map=lines,
         labels_line=f"labels = {quote(labels)}" if labels else '# labels = "labels.csv"',
         donor_line=f"donor_column = {quote(donor_column)}" if donor_column else '# donor_column = "donor"',
         sample_line=f"sample_column = {quote(sample_column)}" if sample_column else '# sample_column = "sample"')

@@ -163,8 +163,8 @@ class Consortium:
 @contextlib.contextmanager
 def start_consortium(
     folder: Path, files: Mapping[str, Path | None], *, seed: int, label_column: str = "",
-    label_map: Mapping[str, str] | None = None, polling: Polling = Polling(), chain_options: Sequence[str] = (),
-    donor_column: str | None = None, sample_column: str | None = None,
+    label_map: Mapping[str, str] | None = None, state: str = "auto", donor_column: str | None = None,
+    sample_column: str | None = None, polling: Polling = Polling(), chain_options: Sequence[str] = (),
 ) -> Iterator[Consortium]:
     """A chain, a contract and sites, all under `folder`, while the context lasts.
 
@@ -172,6 +172,8 @@ def start_consortium(
     ----------
     files
         Name → AnnData file of each site; None for a site that has no cells.
+    state
+        What X of all files holds, see `config.DataConfig`.
     chain_options
         More options for Anvil's command line.
     """
@@ -179,7 +181,7 @@ def start_consortium(
     store_folder.mkdir(parents=True)
     with contextlib.ExitStack() as chains:
         chain = chains.enter_context(start_devchain("anvil", options=chain_options))
-        cells = {"label_column": label_column, "label_map": dict(label_map or {}),
+        cells = {"label_column": label_column, "label_map": dict(label_map or {}), "state": state,
                  "donor_column": donor_column, "sample_column": sample_column}
         sites = [
             _make_site(folder, name, path, rpc_url=chain.rpc_url, seed=seed, rank=i, cells=cells, polling=polling)

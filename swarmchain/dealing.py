@@ -8,7 +8,7 @@ cells) is left out. A stratified test set is held out first; the rest is dealt b
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from swarmchain.errors import DataError
 from swarmchain.protocol import derive_seed
 
 TEST_SHARE = 0.3
+HELD_OUT = "held out"
+Part = tuple[anndata.AnnData, Any, Path]  # cells, the split of each, and the file they come from
 LABELS = {
     "CD14+ Monocyte": "Monocyte",
     "CD19+ B": "B cell",
@@ -118,6 +120,116 @@ def deal_folder(folder: Path, source: Path, *, splits: Path | None, label_column
     )
 
 
+def deal_splits(
+    folder: Path, source: Path, *, splits: Path, site_column: str, label_column: str, donor_column: str | None = None
+) -> Dealt:
+    """Sites and held-out cells as a table says, from a folder with one .h5ad per site, or from one file.
+
+    Parameters
+    ----------
+    splits
+        A CSV with the columns cell and split (`train` or `test`), and site for a folder. Cells without a row are left
+        out.
+    site_column
+        Of one file: a column of the table, or of .obs. Held-out cells that no site trains on the like of (as where only
+        training cells were dealt) are tested together, as `held out`.
+    donor_column
+        Of .obs: no donor may have cells on both sides of the split.
+
+    Raises
+    ------
+    DataError
+        If table and cells do not fit: a column, a site, its cells or its labels are missing, a cell is named twice, a
+        donor is on both sides.
+    """
+    is_folder = source.is_dir()
+    table = _read_splits(splits, ("site", "cell", "split") if is_folder else ("cell", "split"))
+    parts = _read_folder(source, table, splits) if is_folder else _read_file(source, table, splits, site_column)
+    folder.mkdir(parents=True)
+    files: dict[str, Path] = {}
+    test: dict[str, Path] = {}
+    for name, (data, split, path) in parts.items():
+        if label_column not in data.obs:
+            raise DataError(f"{path} has no column {label_column!r} in .obs",
+                            hint=f"--label-column: one of {_list(data.obs.columns)}")
+        _require_whole_donors(data, split, donor_column, path)
+        for part, into in (("train", files), ("test", test)):
+            rows = np.flatnonzero(split == part)
+            if len(rows):
+                into[name] = folder / f"{name.replace('/', '_')}.{part}.h5ad"
+                _write(data[rows], into[name])
+            elif (part == "train" and name != HELD_OUT) or is_folder:
+                raise DataError(f"{splits} names no {part} cell of the site {name!r} ({path.name})",
+                                hint="every site needs rows of both kinds, with .obs_names in the column cell")
+    if len(files) < 2 or not test:
+        raise DataError(f"{splits} makes {len(files)} sites and {'no' if not test else 'some'} held-out cells",
+                        hint="a benchmark takes at least two sites, and cells with split = test")
+    return Dealt(title=f"{len(files)} sites", dataset=source.stem, files=files, test=test, label_column=label_column,
+                 umap={})
+
+
+def _read_folder(source: Path, table: pd.DataFrame, splits: Path) -> dict[str, Part]:
+    paths = {path.stem: path for path in sorted(source.glob("*.h5ad"))}
+    lost = sorted(set(table["site"]) - set(paths))
+    if lost:
+        raise DataError(f"{splits} names the site {lost[0]!r}, and {source} has no {lost[0]}.h5ad",
+                        hint="the column site holds the files' names without .h5ad")
+    parts = {}
+    for name, path in paths.items():
+        data, rows = _read(path), table[table["site"] == name]
+        parts[name] = (data, _match(rows, data, path, splits), path)
+    return parts
+
+
+def _read_file(source: Path, table: pd.DataFrame, splits: Path, site_column: str) -> dict[str, Part]:
+    data = _read(source)
+    split = _match(table, data, source, splits)
+    if site_column in table:
+        sites = table.drop_duplicates("cell").set_index("cell")[site_column].reindex(data.obs_names.astype(str))
+    elif site_column in data.obs:
+        sites = data.obs[site_column]
+    else:
+        raise DataError(f"neither {splits} nor .obs of {source} has the column {site_column!r}",
+                        hint=f"--site-column: one of {_list([*table.columns, *data.obs.columns])}")
+    where = sites.astype("str").to_numpy()
+    trained = sorted(set(where[split == "train"].tolist()))
+    where[(split == "test") & ~np.isin(where, trained)] = HELD_OUT
+    names = [*trained, *([HELD_OUT] if (where[split == "test"] == HELD_OUT).any() else [])]
+    chosen = {name: np.flatnonzero((where == name) & (split != "")) for name in names}
+    return {name: (data[rows], split[rows], source) for name, rows in chosen.items()}
+
+
+def _match(rows: pd.DataFrame, data: anndata.AnnData, path: Path, splits: Path) -> Any:
+    """The split of every cell of a file: train, test, or empty."""
+    if rows["cell"].duplicated().any():
+        twice = rows.loc[rows["cell"].duplicated(), "cell"].iloc[0]
+        raise DataError(f"{splits} names the cell {twice!r} of {path.name} twice", hint="one row for each cell")
+    names = data.obs_names.astype(str)
+    lost = ~rows["cell"].isin(names)
+    if lost.any():
+        first = rows.loc[lost, "cell"].iloc[0]
+        raise DataError(f"{splits} names {int(lost.sum())} cells that {path.name} does not hold, {first!r} first",
+                        hint="its column cell must hold the file's .obs_names")
+    return rows.set_index("cell")["split"].reindex(names, fill_value="").to_numpy(dtype="str")
+
+
+def _require_whole_donors(data: anndata.AnnData, split: Any, column: str | None, path: Path) -> None:
+    if column is None:
+        return
+    if column not in data.obs:
+        raise DataError(f"{path} has no column {column!r} in .obs",
+                        hint=f"--donor-column: one of {_list(data.obs.columns)}")
+    donors = data.obs[column].astype(str).to_numpy()
+    both = sorted(set(donors[split == "train"].tolist()) & set(donors[split == "test"].tolist()))
+    if both:
+        raise DataError(f"{path}: the donor {both[0]!r} ({column}) has cells in train and in test",
+                        hint="split by donor: all cells of one on the same side")
+
+
+def _list(names: Any) -> str:
+    return ", ".join(dict.fromkeys(map(str, names))) or "(none there)"
+
+
 def _hold_out(labels: Any, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(derive_seed("hold out", seed))
     chosen: list[int] = []
@@ -139,14 +251,18 @@ def _deal(labels: Any, train: np.ndarray, *, seed: int) -> list[np.ndarray]:
     return [np.array(sorted(hand)) for hand in hands]
 
 
-def _read_splits(path: Path) -> pd.DataFrame:
+def _read_splits(path: Path, columns: Sequence[str] = ("site", "cell", "split")) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=str)
     except (OSError, ValueError) as exc:
-        raise DataError(f"cannot read {path}: {exc}", hint="a CSV with the columns site, cell, split") from exc
-    missing = [c for c in ("site", "cell", "split") if c not in table]
+        raise DataError(f"cannot read {path}: {exc}", hint=f"a CSV with the columns {', '.join(columns)}") from exc
+    missing = [c for c in columns if c not in table]
     if missing:
-        raise DataError(f"{path} has no column {missing[0]!r}", hint="it needs site, cell and split")
+        raise DataError(f"{path} has no column {missing[0]!r}", hint=f"it needs {', '.join(columns)}")
+    wrong = ~table["split"].isin(("train", "test"))
+    if wrong.any():
+        raise DataError(f"{path}, line {int(np.argmax(wrong)) + 2}: split is {table['split'][wrong].iloc[0]!r}",
+                        hint="train or test; cells without a line are left out")
     return table
 
 

@@ -111,6 +111,15 @@ def summarize_statistics(
     }
 
 
+def recommend_training(normalization: Normalization) -> Training:
+    """Settings that serve a kind of data, found on training cells (docs/benchmarks.md).
+
+    A panel of a few markers (`arcsinh`) makes a small network whose weights have far to go in one round; with the
+    learning rate that suits hundreds of genes it is not done when the run is.
+    """
+    return Training(lr=1e-2) if normalization.kind == "arcsinh" else Training()
+
+
 def plan_cell_type(
     statistics: tuple[StatisticsSpec, Arrays], view: RunView, *, name: str, limits: Limits, sites_per_feature_min: int,
     model: Model | None = None, training: Training | None = None, merge: Merge | None = None, gate: Gate | None = None,
@@ -119,7 +128,8 @@ def plan_cell_type(
     """A training run on what a statistics run found, and its seed checkpoint.
 
     The panel is every feature that at least `sites_per_feature_min` sites have and that varies, or the `hvg` most
-    variable of them (`agreement.compute_variability`); the labels are those with at least one training cell.
+    variable of them (`agreement.compute_variability`); the labels are those with at least one training cell. Without
+    `training` it is `recommend_training`'s.
 
     Raises
     ------
@@ -144,7 +154,7 @@ def plan_cell_type(
         name=name, labels=labels, ontology=source.ontology, split_by=source.split_by,
         panel=Panel(features=features, share_min=panel_share_min, names=source.panel.names, aliases=aliases),
         normalization=source.normalization, minimums=source.minimums, validation_share=source.validation_share,
-        limits=limits, model=model or Model(), training=training or Training(),
+        limits=limits, model=model or Model(), training=training or recommend_training(source.normalization),
         merge=fit_trust(merge or ClippedMean(), limits),
         codec=codec, gate=gate or Gate(),
         statistics=StatisticsRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint), seed_checkpoint="0" * 64,

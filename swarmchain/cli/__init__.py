@@ -9,6 +9,7 @@ import click
 
 from swarmchain import __version__
 from swarmchain.cli.agent import agent
+from swarmchain.cli.benchmark import benchmark
 from swarmchain.cli.chain import deploy, devchain
 from swarmchain.cli.data import data
 from swarmchain.cli.demo import demo
@@ -28,7 +29,7 @@ def cli() -> None:
     """Hospitals train one single-cell model together: no data shared, no one in charge, every merge verifiable."""
 
 
-for command in (demo, devchain, deploy, site, data, run, predict, agent, status):
+for command in (demo, benchmark, devchain, deploy, site, data, run, predict, agent, status):
     cli.add_command(command)
 
 

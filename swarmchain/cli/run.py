@@ -105,8 +105,8 @@ def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, b
 @click.option("--name", default="cell types", show_default=True, help="What the sites call it.")
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds to train.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Minibatches per round.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True,
-              help="Learning rate in the first round.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True),
+              help="Learning rate in the first round. Default: 0.001, after arcsinh 0.01.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness in training.")
 @click.option("--features-at", type=click.IntRange(min=1), default=2, show_default=True,
               help="Panel: features that at least so many sites have.")
@@ -115,21 +115,24 @@ def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, b
               help="With --hvg: which of scanpy's ways to find them.")
 @merge_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float, seed: int, features_at: int,
-              hvg: int | None, flavor: Any, out: Path, **merging: Any) -> None:
+def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float | None, seed: int,
+              features_at: int, hvg: int | None, flavor: Any, out: Path, **merging: Any) -> None:
     """A run that trains a cell-type classifier on what a statistics run found."""
     from swarmchain.merging import parse_merge
-    from swarmchain.planning import plan_cell_type, read_statistics
-    from swarmchain.spec import Limits, Training, encode_spec
+    from swarmchain.planning import plan_cell_type, read_statistics, recommend_training
+    from swarmchain.spec import Limits, encode_spec
     from swarmchain.store import Store
 
     config = load(site_file)
     store = Store(config.store_url)
     view = connect(config).view_run(source)
+    statistics = read_statistics(store, view)
+    training = recommend_training(statistics[0].normalization)
     spec, blob = plan_cell_type(
-        read_statistics(store, view), view, name=name, sites_per_feature_min=features_at, hvg=hvg, flavor=flavor,
+        statistics, view, name=name, sites_per_feature_min=features_at, hvg=hvg, flavor=flavor,
         limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
-        training=Training(seed=seed, steps=steps, lr=lr), codec=merging["codec"],
+        training=training.model_copy(update={"seed": seed, "steps": steps, "lr": lr or training.lr}),
+        codec=merging["codec"],
         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
     )
     store.put_blob(blob)
@@ -182,7 +185,8 @@ def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed:
     if len(widths) < 2:
         raise ConfigError("a model has at least two widths", hint="--width 2000 --width 10 is the smallest kind")
     spec = RehearsalSpec(name=name, widths=widths, seed=seed, limits=Limits(rounds=rounds, sites_to_start=sites),
-                         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}, "trust": None}),
+                         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]},
+                                            "trust": None}),
                          codec=merging["codec"])
     data = encode_spec(spec)
     parse_spec(data)

@@ -1,0 +1,148 @@
+"""What training together costs beside training in one place, and what a site needs of memory.
+
+    SWARMCHAIN_DATA=DIR python bench/training.py [--rounds 20] [--repeats 3] [--memory] [--json]
+
+On one core, in one process, turn about: the swarm (`swarmchain.inprocess`: all sites' training, coding, store, merge and
+judging), and pooled training of the same network with the same total number of steps (sites × rounds × steps), by the
+same code. Medians of the repeats, and the ratio of each pair. Reading and standardising the cells is in neither.
+`--memory`: a process of its own for each site does what its agent does for a statistics run and two rounds; the peak of
+its resident memory, beside that of a process that only imports the same libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from science import SETS, make_settings
+
+from swarmchain.baselines import pool, train_alone
+from swarmchain.benchmark import Settings
+from swarmchain.config import DataConfig
+from swarmchain.data import read_cells, select_cells
+from swarmchain.dealing import deal_splits
+from swarmchain.inprocess import InProcess
+from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
+from swarmchain.spec import CellTypeSpec, Limits
+from swarmchain.store import read_checkpoint
+
+
+def open_room(folder: Path, settings: Settings, files: dict[str, Path]) -> tuple[InProcess, int, CellTypeSpec]:
+    """Sites in one process, ready to train."""
+    cells = {name: DataConfig(path=str(path.resolve()), label_column=settings.label_column, state=settings.state)
+             for name, path in files.items()}
+    room = InProcess(folder, cells)
+    cards = room.list_cards()
+    view = room.play(room.propose(plan_statistics(cards, name="statistics", sites_to_start=len(cards),
+                                                  normalization=settings.normalization))).view
+    spec, seed = plan_cell_type(
+        read_statistics(room.store, view), view, name="training", model=settings.model, training=settings.training,
+        limits=Limits(rounds=settings.rounds, sites_to_start=len(cards)), panel_share_min=settings.panel_share_min,
+        sites_per_feature_min=min(settings.sites_per_feature_min, len(cards)))
+    return room, room.propose(spec, seed_checkpoint=seed), spec
+
+
+def deal(folder: Path, settings: Settings) -> dict[str, Path]:
+    return deal_splits(folder, settings.data, splits=settings.splits, site_column=settings.site_column,
+                       label_column=settings.label_column).files
+
+
+def measure_time(name: str, rounds: int, repeats: int) -> dict[str, Any]:
+    """Median seconds of both, and the median of their ratio."""
+    pairs, parts = [], []
+    settings = make_settings(name, rounds=rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        files = deal(Path(folder) / "data", settings)
+        for repeat in range(repeats):
+            room, run, spec = open_room(Path(folder) / str(repeat), settings, files)
+            seed = read_checkpoint(room.store, spec.seed_checkpoint, spec)
+            sites = [select_cells(read_cells(Path(c.data.path), c.data, spec.normalization), spec)
+                     for c in room.configs if c.data is not None]
+            played = room.play(run)
+            swarm_s = sum(sum(r.train_s.values()) + r.merge_s + sum(r.judge_s.values()) for r in played.rounds)
+            parts.append([sum(sum(r.train_s.values()) for r in played.rounds), sum(r.merge_s for r in played.rounds),
+                          sum(sum(r.judge_s.values()) for r in played.rounds)])
+            law = spec.model_copy(update={"training": spec.training.model_copy(
+                update={"steps": spec.training.steps * len(sites)})})
+            started = time.perf_counter()
+            train_alone(pool(sites, seed), seed, law, site=0, rounds=rounds)
+            pairs.append((swarm_s, time.perf_counter() - started))
+    middle = [statistics.median(column) for column in zip(*parts, strict=True)]
+    return {"data": name, "sites": len(files), "rounds": rounds, "steps": settings.training.steps,
+            "swarm_s": statistics.median(a for a, _ in pairs), "central_s": statistics.median(b for _, b in pairs),
+            "ratio": statistics.median(a / b for a, b in pairs),
+            "parts_s": dict(zip(("contribute", "merge", "judge"), middle, strict=True))}
+
+
+def measure_memory(name: str) -> list[dict[str, Any]]:
+    """Peak resident memory of every site's process, MB."""
+    settings, found = make_settings(name, rounds=2), []
+    with tempfile.TemporaryDirectory() as folder:
+        files = deal(Path(folder) / "data", settings)
+        base = _run_child(["--child", name, "--site", "-", "."])
+        for site, path in files.items():
+            peak = _run_child(["--child", name, "--site", site, str(path)])
+            found.append({"data": name, "site": site, "peak_mb": peak, "libraries_mb": base,
+                          "file_mb": round(path.stat().st_size / 1e6, 1)})
+    return found
+
+
+def _run_child(words: list[str]) -> float:
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(done.stdout)
+
+
+def be_child(name: str, site: str, path: Path) -> None:
+    """One site alone plays; print the peak of this process's memory in MB."""
+    if site != "-":
+        settings = make_settings(name, rounds=2, sites_per_feature_min=1)
+        with tempfile.TemporaryDirectory() as folder:
+            room, run, _ = open_room(Path(folder) / "room", settings, {site: path})
+            room.play(run)
+    print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--site", nargs=2, default=("-", "."), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.child:
+        be_child(options.child, options.site[0], Path(options.site[1]))
+        return
+    rows = [measure_time(name, options.rounds, options.repeats) for name in options.data]
+    memory = [row for name in options.data for row in measure_memory(name)] if options.memory else []
+    if options.json:
+        print(json.dumps({"time": rows, "memory": memory}, indent=1))
+        return
+    print("| data | sites | rounds × steps | swarm, s | pooled, same total steps, s | ratio |\n"
+          "|---|---:|---:|---:|---:|---:|")
+    for r in rows:
+        print(f"| {r['data']} | {r['sites']} | {r['rounds']} × {r['steps']} | {r['swarm_s']:.1f} | {r['central_s']:.1f} "
+              f"| {r['ratio']:.2f} |")
+    for row in memory:
+        print(f"{row['data']} {row['site']}: peak {row['peak_mb']} MB, libraries alone {row['libraries_mb']} MB")
+
+
+if __name__ == "__main__":
+    main()

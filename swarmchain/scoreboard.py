@@ -1,0 +1,148 @@
+"""What a benchmark found, for people: a table for a terminal, one for a page, and a figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from swarmchain.config import write_file
+
+ARMS = (("central", "central"), ("swarm", "swarm"), ("linear", "linear"), ("local_mean", "local\nmean"),
+        ("local_worst", "worst\nlocal"))
+# Okabe & Ito's colours, told apart by most colour-blind readers
+COLOURS = {"central": "#0072b2", "swarm": "#d55e00", "linear": "#009e73", "local_mean": "#cc79a7",
+           "local_worst": "#999999"}
+
+
+def format_tables(found: Mapping[str, Any]) -> list[Table]:
+    """The arms beside each other, the differences with their intervals, and what each site sees at home."""
+    tables = [_format_arms(found), _format_differences(found)]
+    if found["home"]:
+        tables.append(_format_home(found))
+    if found["left_out"]:
+        tables.append(_format_left_out(found))
+    return tables
+
+
+def _format_arms(found: Mapping[str, Any]) -> Table:
+    arms, seeds = found["arms"], found["settings"]["seeds"]
+    table = _start(f"F1 on the same held-out cells, mean of {seeds} seed{'s' * (seeds > 1)}",
+                   caption=f"linear: logistic regression on pooled cells; worst local: {arms['local_worst']['site']}")
+    table.add_column("cell type (cells)", no_wrap=True, vertical="bottom")
+    for key, words in ARMS:
+        table.add_column(words, justify="right", style="green" if key == "swarm" else "", vertical="bottom",
+                         no_wrap=True)
+    table.add_row("macro-F1", *(_number(arms[k]["macro_f1"]) for k, _ in ARMS), style="bold")
+    table.add_row("± SD of seeds", *(_number(arms[k]["sd"]) for k, _ in ARMS), end_section=True)
+    for label, cells in found["support"].items():
+        table.add_row(f"{label} ({cells})", *(_number(arms[k]["per_class"].get(label)) for k, _ in ARMS))
+    return table
+
+
+def _format_differences(found: Mapping[str, Any]) -> Table:
+    table = _start("macro-F1, swarm less each other arm", caption="95 %, paired bootstrap over test cells")
+    for head in ("less", "difference", "95 % interval"):
+        table.add_column(head, justify="left" if head == "less" else "right")
+    for name, entry in found["differences"].items():
+        table.add_row(name.removeprefix("swarm - "), f"{entry['value']:+.3f}",
+                      f"{entry['low']:+.3f} to {entry['high']:+.3f}")
+    return table
+
+
+def _format_home(found: Mapping[str, Any]) -> Table:
+    table = _start("home against swarm: macro-F1 on own validation cells")
+    for head in ("site", "cells", "trained alone", "swarm", "gain"):
+        table.add_column(head, justify="left" if head == "site" else "right")
+    for name, entry in found["home"].items():
+        table.add_row(name, str(entry["cells"]), _number(entry["local"]), _number(entry["swarm"]),
+                      f"{entry['difference']:+.3f}")
+    return table
+
+
+def _format_left_out(found: Mapping[str, Any]) -> Table:
+    table = _start("leave one site out: macro-F1 on its held-out cells")
+    for head in ("site", "cells", "swarm of the others", "swarm of all"):
+        table.add_column(head, justify="left" if head == "site" else "right")
+    for name, entry in found["left_out"].items():
+        table.add_row(name, str(entry["cells_without"]), _number(entry["without"]), _number(entry["with"]))
+    return table
+
+
+def format_row(found: Mapping[str, Any]) -> list[str]:
+    """One line of a page's table: every arm's mean ± SD, the difference to central, and the least gain at home."""
+    cells = [f"{found['arms'][key]['macro_f1']:.3f} ± {found['arms'][key]['sd']:.3f}" for key, _ in ARMS]
+    entry = found["differences"]["swarm - central"]
+    least = min((e["difference"] for e in found["home"].values()), default=None)
+    return [*cells, f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})",
+            "–" if least is None else f"{least:+.3f}"]
+
+
+def write_figure(path: Path, found: Mapping[str, Any]) -> None:
+    """A PNG: every arm's macro-F1 with its interval and its seeds; F1 of every class. Raises `ConfigError`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = list(found["support"])
+    figure = Figure(figsize=(11, max(3.6, 1.2 + 0.42 * len(labels))), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1, 1.25)})
+    _draw_arms(left, found)
+    _draw_classes(right, found, labels)
+    figure.suptitle(f"{found['dataset']}: {len(found['sites'])} sites, {sum(found['support'].values())} held-out cells",
+                    x=0.01, ha="left", fontweight="bold")
+    buffer = io.BytesIO()
+    figure.set_canvas(FigureCanvasAgg(figure))
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    write_file(path, buffer.getvalue())
+
+
+def _draw_arms(axes: Any, found: Mapping[str, Any]) -> None:
+    names = [key for key, _ in ARMS]
+    for row, key in enumerate(names):
+        interval, arm = found["intervals"][key], found["arms"][key]
+        axes.plot([interval["low"], interval["high"]], [row, row], color=COLOURS[key], lw=2.5, solid_capstyle="butt")
+        axes.plot(arm["seeds"], [row] * len(arm["seeds"]), "|", color=COLOURS[key], ms=9, mew=1)
+        axes.plot(arm["macro_f1"], row, "o", color=COLOURS[key], ms=7)
+        axes.annotate(f"{arm['macro_f1']:.3f}", (arm["macro_f1"], row), xytext=(0, 9), textcoords="offset points",
+                      ha="center", fontsize=9)
+    axes.set_yticks(range(len(names)), [words.replace("\n", " ") for _, words in ARMS])
+    axes.set_ylim(len(names) - 0.4, -0.8)
+    axes.set_xlabel("macro-F1; line: 95 % over test cells, ticks: seeds")
+    _clean(axes)
+
+
+def _draw_classes(axes: Any, found: Mapping[str, Any], labels: list[str]) -> None:
+    marks = {"central": "D", "swarm": "o", "linear": "s", "local_mean": "^"}
+    offsets = {"central": -0.18, "swarm": -0.06, "linear": 0.06, "local_mean": 0.18}
+    for key, mark in marks.items():
+        values = [found["arms"][key]["per_class"].get(label) for label in labels]
+        rows = [row + offsets[key] for row, value in enumerate(values) if value is not None]
+        axes.plot([v for v in values if v is not None], rows, mark, color=COLOURS[key], ms=6,
+                  label=dict(ARMS)[key].replace("\n", " "))
+    axes.set_yticks(range(len(labels)), [f"{label} ({found['support'][label]})" for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel("F1 by class (held-out cells)")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 1.13), ncols=4, handletextpad=0.2,
+                columnspacing=1.0)
+    _clean(axes)
+
+
+def _clean(axes: Any) -> None:
+    axes.grid(axis="x", color="#dddddd", lw=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(left=False)
+
+
+def _start(title: str, *, caption: str = "") -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, caption=caption or None,
+                 caption_justify="left")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
