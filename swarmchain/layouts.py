@@ -37,13 +37,13 @@ def statistics_layout(spec: StatisticsSpec) -> Layout:
 def state_layout(spec: CellTypeSpec | RehearsalSpec) -> Layout:
     """Tensors of the network: parameters and buffers.
 
-    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
-    batch normalisation after layer i, [out] each.
+    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel (and its mask) to the labels;
+    `norms.<i>` is the batch normalisation after layer i, [out] each.
     """
     if isinstance(spec, RehearsalSpec):
         widths = list(spec.widths)
     else:
-        widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
+        widths = [len(spec.panel.features) * (1 + spec.model.mask), *spec.model.hidden, len(spec.labels)]
     layout: dict[str, Any] = {}
     for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
         layout[f"layers.{i}.weight"] = ("float32", (width_out, width_in))

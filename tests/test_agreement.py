@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import scanpy
 import scipy.sparse as sp
+import torch
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from swarmchain.agreement import (
     compute_statistics,
     compute_variability,
     find_common,
+    standardize,
 )
 from swarmchain.checkpoint import allocate_tensors, encode_tensors
 from swarmchain.config import DataConfig
@@ -37,7 +39,17 @@ from swarmchain.data import Cells, SiteData, read_cells, select_cells, select_pa
 from swarmchain.errors import DataError, SpecError
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merge import Input, compute_norm, sum_statistics
-from swarmchain.spec import Limits, Minimums, Normalization, Panel, StatisticsSpec
+from swarmchain.model import build_model, draw_state, load_state
+from swarmchain.spec import (
+    CellTypeSpec,
+    Limits,
+    Minimums,
+    Model,
+    Normalization,
+    Panel,
+    StatisticsRef,
+    StatisticsSpec,
+)
 
 Arrays = Mapping[str, np.ndarray]
 FLAVORS: tuple[Flavor, ...] = ("seurat", "cell_ranger")
@@ -334,6 +346,21 @@ def test_invalid_site_has_too_few(counts: dict[str, int], donors: int, minimums:
 
 
 # -- what stands on them
+
+
+def test_mask_tells_which_features_are_there() -> None:
+    spec = CellTypeSpec(
+        name="t", panel=Panel(features=("g", "h")), labels=("a", "b"), limits=Limits(rounds=1, sites_to_start=1),
+        model=Model(hidden=(), mask=True), statistics=StatisticsRef(run=1, spec="0" * 64, checkpoint="0" * 64),
+        seed_checkpoint="0" * 64)
+    state = draw_state(spec)
+    assert state["layers.0.weight"].shape == (2, 4)
+    model = build_model(spec)
+    load_state(model, state)
+    constants = {"standardize.mean": np.ones(2, np.float32), "standardize.scale": np.ones(2, np.float32)}
+    x = standardize(np.full((1, 2), 3.0, np.float32), np.array([True, False]), constants)
+    weights, logits = state["layers.0.weight"], model(torch.tensor(x)).detach().numpy()[0]
+    np.testing.assert_allclose(logits, weights[:, 0] * 2 + weights[:, 2] + state["layers.0.bias"], rtol=1e-6)
 
 
 def test_invalid_sums_and_choices() -> None:
