@@ -51,7 +51,8 @@ def compute_statistics(data: SiteData, spec: StatisticsSpec) -> dict[str, npt.ND
     y, labels = data.y[data.train], len(spec.labels)
     present = data.present.astype(np.int64)
     cells = np.bincount(y, minlength=labels).astype(np.int64)
-    donors = np.zeros(0, np.int64) if data.donors is None else data.donors[data.train]
+    named = np.zeros(0, np.int64) if data.donors is None else data.donors[data.train]
+    donors = np.unique(named, return_inverse=True)[1].astype(np.int64)
     pairs = np.unique(np.stack([y[: len(donors)], donors]), axis=1)
     found: dict[str, npt.NDArray[Any]] = {
         "cells_per_feature": present * len(data.train),

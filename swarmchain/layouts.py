@@ -72,9 +72,10 @@ def sum_layout(spec: SumSpec) -> Layout:
 def state_layout(spec: NetworkSpec) -> Layout:
     """Tensors of the network: parameters and buffers.
 
-    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel to the labels; `norms.<i>` is the
-    batch normalisation after layer i, [out] each. A model of sets has `encoder.<i>` in front, applied to every cell,
-    and gated attention has `attention.<part>`: `content` and `gate` [units, width], `score` [1, units].
+    `layers.<i>.weight` is [out, in] and `layers.<i>.bias` is [out], from the panel (and its mask) to the labels;
+    `norms.<i>` is the batch normalisation after layer i, [out] each. A model of sets has `encoder.<i>` in front,
+    applied to every cell, and gated attention has `attention.<part>`: `content` and `gate` [units, width], `score`
+    [1, units].
     """
     if isinstance(spec, CustomSpec):
         return {tensor.name: (tensor.dtype, tensor.shape) for tensor in spec.tensors}
@@ -83,6 +84,7 @@ def state_layout(spec: NetworkSpec) -> Layout:
     width, outputs, model = len(spec.panel.features), len(spec.labels), spec.model
     layout: dict[str, Any] = {}
     if isinstance(model, Model):
+        width *= 1 + model.mask
         if model.batch_norm:
             for i, units in enumerate(model.hidden):
                 layout |= {f"norms.{i}.{name}": ("float32", (units,)) for name in ("weight", "bias", *STATISTICS)}

@@ -25,16 +25,23 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class Perceptron(nn.Module):
-    """[N, F] → [N, C]: linear layers, and (normalisation,) ReLU and dropout between them."""
+    """[N, F] → [N, C]: linear layers, and (normalisation,) ReLU and dropout between them.
 
-    def __init__(self, widths: list[int], *, dropout: float, batch_norm: bool = False) -> None:
+    With `mask` the first layer has 2 · F inputs: the values, and which of them are there. A standardised value of
+    exactly 0 is one that is not (`agreement.standardize`); a value that is there hardly ever falls on the mean.
+    """
+
+    def __init__(self, widths: list[int], *, dropout: float, batch_norm: bool = False, mask: bool = False) -> None:
         super().__init__()
+        self.mask = mask
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) if batch_norm else nn.Identity() for width in widths[1:-1])
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [N, C] of standardised cells [N, F]."""
+        if self.mask:
+            x = torch.cat([x, (x != 0).to(x.dtype)], dim=1)  # [N, 2 · F]
         for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
             x = self.dropout(torch.relu(norm(layer(x))))  # [N, H]
         logits: torch.Tensor = self.layers[-1](x)
@@ -43,10 +50,11 @@ class Perceptron(nn.Module):
 
 def build_model(spec: TrainedSpec) -> Perceptron | SetNetwork:
     """The spec's network with arbitrary weights; load some before use."""
-    if not isinstance(spec.model, Model):
-        return SetNetwork(spec.model, len(spec.panel.features), len(spec.labels))
-    widths = [len(spec.panel.features), *spec.model.hidden, len(spec.labels)]
-    return Perceptron(widths, dropout=spec.model.dropout, batch_norm=spec.model.batch_norm)
+    model, width = spec.model, len(spec.panel.features)
+    if not isinstance(model, Model):
+        return SetNetwork(model, width, len(spec.labels))
+    widths = [width * (1 + model.mask), *model.hidden, len(spec.labels)]
+    return Perceptron(widths, dropout=model.dropout, batch_norm=model.batch_norm, mask=model.mask)
 
 
 def load_state(model: nn.Module, state: Arrays) -> None:

@@ -114,12 +114,14 @@ class Model(Strict):
 
     `batch_norm` normalises every hidden layer before its ReLU. `local` names parts that never leave a site: each site
     trains its own, and the checkpoints carry the seed checkpoint's. `norms` are the normalisation layers (FedBN; Li et
-    al. 2021), `head` is the last layer.
+    al. 2021), `head` is the last layer. With `mask` the first layer sees, after the panel's values, 1 for every feature
+    that the site has and 0 for one that it lacks.
     """
 
     hidden: Widths = (128,)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_norm: bool = False
+    mask: bool = False
     local: tuple[Literal["norms", "head"], ...] = ()
 
 

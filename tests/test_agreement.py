@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import scanpy
 import scipy.sparse as sp
+import torch
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -30,14 +32,27 @@ from swarmchain.agreement import (
     compute_statistics,
     compute_variability,
     find_common,
+    standardize,
 )
-from swarmchain.checkpoint import allocate_tensors, encode_tensors
+from swarmchain.checkpoint import allocate_tensors, decode_tensors, encode_tensors
 from swarmchain.config import DataConfig
 from swarmchain.data import Cells, SiteData, read_cells, select_cells, select_panel
 from swarmchain.errors import DataError, SpecError
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merge import Input, compute_norm, sum_statistics
-from swarmchain.spec import Limits, Minimums, Normalization, Panel, StatisticsSpec
+from swarmchain.model import build_model, draw_state, load_state
+from swarmchain.planning import plan_cell_type, summarize_statistics
+from swarmchain.spec import (
+    CellTypeSpec,
+    Limits,
+    Minimums,
+    Model,
+    Normalization,
+    Panel,
+    StatisticsRef,
+    StatisticsSpec,
+)
+from swarmchain.tasks import check_standardization
 
 Arrays = Mapping[str, np.ndarray]
 FLAVORS: tuple[Flavor, ...] = ("seurat", "cell_ranger")
@@ -334,6 +349,65 @@ def test_invalid_site_has_too_few(counts: dict[str, int], donors: int, minimums:
 
 
 # -- what stands on them
+
+
+def plan(spec: StatisticsSpec, sums: Arrays, **options: Any) -> tuple[CellTypeSpec, dict[str, np.ndarray]]:
+    on_record: Any = SimpleNamespace(run=1, spec="0" * 64, checkpoint="0" * 64)
+    planned, blob = plan_cell_type((spec, sums), on_record, name="t", limits=Limits(rounds=1, sites_to_start=1),
+                                   **{"sites_per_feature_min": 1, **options})
+    return planned, dict(decode_tensors(blob, checkpoint_layout(planned)))
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_panel_is_the_highly_variable_genes_and_minimums_go_along(flavor: Flavor) -> None:
+    data = load_reduced()
+    spec = make_spec(data.var_names, minimums=Minimums(cells=20))
+    y = np.arange(data.n_obs) % 3
+    sums = add_up([make_site(data.X[half], y=y[half]) for half in (slice(0, 300), slice(300, None))], spec)
+    planned, seed = plan(spec, sums, hvg=50, flavor=flavor)
+    expected = run_scanpy(data.X, flavor, 50)
+    assert planned.panel.features == tuple(data.var_names[expected["highly_variable"].to_numpy()])
+    assert planned.minimums == spec.minimums
+    assert check_standardization(planned, spec, sums, seed)
+    other = planned.model_copy(update={"minimums": Minimums(cells=1)})
+    with pytest.raises(SpecError, match="minimums is not that of the statistics run"):
+        check_standardization(other, spec, sums, seed)
+
+
+def test_summary_of_what_was_agreed_on() -> None:
+    parts = [make_site(draw_expression(40, 30, i), y=np.arange(40) % 2, donors=np.arange(40) % 5,
+                       present=np.arange(30) < 20 + 5 * i) for i in range(3)]
+    spec = make_spec([f"g{i}" for i in range(30)])
+    found = summarize_statistics(spec, add_up(parts, spec), sites_min=2)
+    row = {"cells": 60, "donors": 15, "sites": 3}
+    assert found["labels"] == {"a": row, "b": row, "c": {"cells": 0, "donors": 0, "sites": 0}}
+    assert found["in_all"] == {"cells": 120, "donors": 15, "sites": 3}
+    assert found["features_at"] == {1: 30, 2: 25, 3: 20}
+    assert 0 < found["highly_variable"] < 25
+
+
+def test_invalid_plan_has_one_label_or_no_feature() -> None:
+    spec = make_spec("ab", kind="none")
+    sums = add_up([make_site(np.arange(6.0).reshape(3, 2))], spec)
+    with pytest.raises(SpecError, match="1 labels have enough cells"):
+        plan(spec, sums)
+    with pytest.raises(SpecError, match="no feature is at 2 sites"):
+        plan(spec, sums, sites_per_feature_min=2)
+
+
+def test_mask_tells_which_features_are_there() -> None:
+    spec = CellTypeSpec(
+        name="t", panel=Panel(features=("g", "h")), labels=("a", "b"), limits=Limits(rounds=1, sites_to_start=1),
+        model=Model(hidden=(), mask=True), statistics=StatisticsRef(run=1, spec="0" * 64, checkpoint="0" * 64),
+        seed_checkpoint="0" * 64)
+    state = draw_state(spec)
+    assert state["layers.0.weight"].shape == (2, 4)
+    model = build_model(spec)
+    load_state(model, state)
+    constants = {"standardize.mean": np.ones(2, np.float32), "standardize.scale": np.ones(2, np.float32)}
+    x = standardize(np.full((1, 2), 3.0, np.float32), np.array([True, False]), constants)
+    weights, logits = state["layers.0.weight"], model(torch.tensor(x)).detach().numpy()[0]
+    np.testing.assert_allclose(logits, weights[:, 0] * 2 + weights[:, 2] + state["layers.0.bias"], rtol=1e-6)
 
 
 def test_invalid_sums_and_choices() -> None:

@@ -84,9 +84,16 @@ def test_consortium_by_hand(consortium: Path) -> None:
     said = swarmchain("run", "propose", *site, "--spec", "statistics.json", "--json", folder=consortium)
     first = json.loads(said)["run"]
     assert len(set(train(consortium, first))) == 1
+    found = json.loads(swarmchain("run", "statistics", first, *site, "--features-at", 3, "--json", folder=consortium))
+    assert found["in_all"] == {"cells": 234, "donors": 0, "sites": 3}
+    assert found["labels"]["type 0"] == {"cells": 78, "donors": 0, "sites": 3}
+    assert found["features_at"] == {"1": 12, "2": 12, "3": 12}
+    said = swarmchain("run", "statistics", first, *site, folder=consortium)
+    assert f"{found['highly_variable']} highly variable (seurat) among those at 2 or more sites" in said
 
-    swarmchain("run", "new", "cell-type", *site, "--statistics", first, "--rounds", 3, "--out", "training.json",
-               folder=consortium)
+    swarmchain("run", "new", "cell-type", *site, "--statistics", first, "--rounds", 3, "--hvg", 8, "--out",
+               "training.json", folder=consortium)
+    assert 8 <= len(json.loads((consortium / "training.json").read_text())["panel"]["features"]) < 12
     forged = json.loads((consortium / "training.json").read_text())
     forged["statistics"]["checkpoint"] = "ab" * 32
     (consortium / "forged.json").write_text(json.dumps(forged))

@@ -113,14 +113,15 @@ def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, b
 @click.option("--hvg", type=click.IntRange(min=1), help="Panel: of those, so many highly variable ones.")
 @click.option("--flavor", type=click.Choice(FLAVORS), default=FLAVORS[0], show_default=True,
               help="With --hvg: which of scanpy's ways to find them.")
+@click.option("--mask", is_flag=True, help="Tell the network which features a site has.")
 @merge_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
 def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float | None, seed: int,
-              features_at: int, hvg: int | None, flavor: Any, out: Path, **merging: Any) -> None:
+              features_at: int, hvg: int | None, flavor: Any, mask: bool, out: Path, **merging: Any) -> None:
     """A run that trains a cell-type classifier on what a statistics run found."""
     from swarmchain.merging import parse_merge
     from swarmchain.planning import plan_cell_type, read_statistics, recommend_training
-    from swarmchain.spec import Limits, encode_spec
+    from swarmchain.spec import Limits, Model, encode_spec
     from swarmchain.store import Store
 
     config = load(site_file)
@@ -132,7 +133,7 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
         statistics, view, name=name, sites_per_feature_min=features_at, hvg=hvg, flavor=flavor,
         limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
         training=training.model_copy(update={"seed": seed, "steps": steps, "lr": lr or training.lr}),
-        codec=merging["codec"],
+        model=Model(mask=mask), codec=merging["codec"],
         merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
     )
     store.put_blob(blob)
