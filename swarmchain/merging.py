@@ -43,15 +43,15 @@ class Trust(Strict):
     """When a site's contributions lose their weight for what they do to the other sites' validation cells; see `trust`.
 
     A contribution is expected to help a rater at least `benefit_percent` of what its fellows do. What a majority of the
-    other sites misses of that, beyond `slack_mnat` in a round, adds up; above `harm_max_mnat` the site is left out. No
-    more than `memory_mnat` is remembered. In 1/1000 nat of balanced cross-entropy. With `rate_first` the first round
+    other sites misses of that, beyond `slack_mnat` in a round, adds up, and what it gets beyond both is taken off;
+    above `harm_max_mnat` the site is left out. No more than `memory_mnat` is remembered. In 1/1000 nat of balanced cross-entropy. With `rate_first` the first round
     changes nothing: its contributions are there to be rated, before anything is merged.
     """
 
     rate_first: bool = True
     benefit_percent: Annotated[int, Field(ge=0, le=100)] = 50
     slack_mnat: Annotated[int, Field(ge=0)] = 30
-    harm_max_mnat: Annotated[int, Field(ge=1)] = 100
+    harm_max_mnat: Annotated[int, Field(ge=1)] = 60
     memory_mnat: Annotated[int, Field(ge=1)] = 2_000
 
 

@@ -40,8 +40,8 @@ def update_harm(before: Mapping[int, int], ratings: Ratings, settings: Trust, *,
         agreed = find_agreed(said)
         if agreed is None:
             continue
-        change = agreed - settings.slack_mnat if agreed > settings.slack_mnat else min(agreed, 0)
-        found[site] = min(max(found.get(site, 0) + change, 0), settings.memory_mnat)
+        beyond = max(abs(agreed) - settings.slack_mnat, 0)
+        found[site] = min(max(found.get(site, 0) + (beyond if agreed > 0 else -beyond), 0), settings.memory_mnat)
     return {site: harm for site, harm in sorted(found.items()) if harm > 0}
 
 

@@ -75,9 +75,10 @@ def test_site_that_does_nothing_for_anyone_has_no_weight() -> None:
 
 def test_site_comes_back_when_it_has_helped_as_much() -> None:
     harm = {2: 300}
-    for _ in range(4):
+    for _ in range(2):
         assert choose_harmful(harm, range(4), SETTINGS) == {2}
-        harm = update_harm(harm, rate_all(range(4), lambda i, j: -100), SETTINGS, rated={0, 1, 2, 3})
+        harm = update_harm(harm, rate_all(range(4), lambda i, j: -300), SETTINGS, rated={0, 1, 2, 3})
+    assert harm == {2: 300 - 2 * (150 - SETTINGS.slack_mnat)}
     assert not choose_harmful(harm, range(4), SETTINGS)
 
 
