@@ -85,7 +85,8 @@ def _open(path: Path, layer: str | None, stack: contextlib.ExitStack) -> tuple[A
     """Feature names, and the chosen matrix: still on disk, unless an old or columnwise file has to be loaded."""
     hint = "give an AnnData .h5ad file"
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist", hint=hint)
+        what = "is a folder, no file" if path.is_dir() else "does not exist"
+        raise DataError(f"data file {path} {what}", hint=hint)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on old files
