@@ -84,6 +84,8 @@ def build_release(
         files[LOCAL] = encode_tensors(read_own(config, view.run, spec), layout)
     manifest = read_manifest(store, view.manifest)
     records = read_rounds(contract, store, view.run)
+    # who left the run is still in the checkpoints that counted it
+    took_part = view.joined | {item.site for record in records if record.manifest for item in record.manifest.included}
     found = None
     if evaluation is not None:
         made = read_evaluation(store, evaluation, of=view)
@@ -94,7 +96,7 @@ def build_release(
             chain_id=contract.chain_id, contract=contract.address, run=view.run, round=view.finalized_round,
             spec=view.spec, checkpoint=view.checkpoint, manifest=view.manifest, head=view.head, code=manifest.code),
         files={name: compute_digest(data) for name, data in files.items()},
-        sites=tuple(_describe_site(site, names[site], records) for site in sorted(view.joined)),
+        sites=tuple(_describe_site(site, names[site], records) for site in sorted(took_part)),
         rounds=tuple(_describe_round(record, names) for record in records), evaluation=found,
     )
     return Release(card, spec, files)

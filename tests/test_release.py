@@ -46,7 +46,8 @@ from swarmchain.store import read_checkpoint
 from swarmchain.work import check_run
 
 STATISTICS, TRAINING, EVALUATION = 1, 2, 3
-ROUNDS = 4
+ROUNDS = 3
+SITES = ("North", "East", "South")
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,19 @@ def run_command(*words: object, code: int = 0) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     folder = tmp_path_factory.mktemp("release")
     dealt = deal_pbmc(folder / "data", seed=0)
-    with start_consortium(folder / "swarm", dealt.files, label_column="cell_type", seed=0,
+    files = {name: dealt.files[name] for name in SITES}
+    with start_consortium(folder / "swarm", files, label_column="cell_type", seed=0,
                           polling=Polling(poll_s=0.05, stagger_s=0.5)) as consortium:
         contract, store = consortium.contract, consortium.store
         cards = [site.card for site in consortium.sites]
-        run = consortium.propose(plan_statistics(cards, name="statistics", sites_to_start=4))
+        run = consortium.propose(plan_statistics(cards, name="statistics", sites_to_start=3))
         consortium.start_agents([STATISTICS, TRAINING, EVALUATION])
         consortium.follow(lambda *_: None, until=lambda: contract.view_run(run).finalized_round > 0)
         view = contract.view_run(run)
         spec, blob = plan_cell_type(
             read_statistics(store, view), view, name="PBMC | <b>kinds</b>", sites_per_feature_min=2,
-            limits=Limits(rounds=ROUNDS, sites_to_start=4), model=Model(hidden=(32,)), training=Training(steps=15))
+            limits=Limits(rounds=ROUNDS, sites_to_start=3), model=Model(hidden=(32,)),
+            training=Training(steps=60, lr=3e-3))
         store.put_blob(blob)
         assert consortium.propose(spec) == TRAINING
         consortium.follow(lambda *_: None, until=lambda: contract.view_run(TRAINING).finalized_round == ROUNDS)
@@ -156,7 +159,7 @@ def test_card_is_what_chain_and_store_say(trained: Trained) -> None:
     assert (card.provenance.spec, card.provenance.checkpoint, card.provenance.head) == (
         view.spec, view.checkpoint, view.head)
     assert compute_digest((trained.folder / "model.safetensors").read_bytes()) == view.checkpoint
-    assert [row.name for row in card.sites] == ["North", "East", "South", "West"]
+    assert [row.name for row in card.sites] == list(SITES)
     assert all(row.rounds == ROUNDS and row.cells_train for row in card.sites)
     assert sum(row.weight or 0 for row in card.sites) == pytest.approx(1)
     assert [row.outcome for row in card.rounds] == ["finalized"] * ROUNDS
@@ -236,15 +239,16 @@ def test_predict_is_the_model_and_round_trips_through_scanpy(trained: Trained, t
     assert after.uns["swarmchain"]["checkpoint"] == trained.view.checkpoint
     assert list(after.uns["swarmchain"]["labels"]) == list(trained.spec.labels)
     assert said["cells"] == before.n_obs == sum(row["cells"] for row in said["labels"].values())
-    assert said["features"] == {"found": 761, "panel": 761} and said["state"] == "log1p"
+    panel = len(trained.spec.panel.features)
+    assert said["features"] == {"found": panel, "panel": panel} and said["state"] == "log1p"
     assert len(said["plots"]) == 10 and all(Path(name).stat().st_size > 1000 for name in said["plots"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scanpy on its own ways
         scanpy.pl.violin(after, "swarm_confidence", groupby="swarm_label", show=False)
         after[:, :5].copy().write_h5ad(tmp_path / "again.h5ad")
-    # the called cells are what the classifier was for
+    # three short rounds without one hospital: far better than the .2 of guessing is all that can be asked
     score = f1_score(truth[3:], called[3:], average="macro")
-    assert score > 0.8 and said["truth"]["macro_f1"] == pytest.approx(score)
+    assert score > 0.5 and said["truth"]["macro_f1"] == pytest.approx(score)
     assert said["truth"]["foreign"] == {"cells": 3, "unknown": int(after.obs["swarm_unknown"][:3].sum())}
 
 
@@ -268,7 +272,7 @@ def test_predict_reads_what_files_hold(trained: Trained, tmp_path: Path, kind: s
 
 
 def test_compare_scores_both_on_the_sites_own_validation_cells(trained: Trained, tmp_path: Path) -> None:
-    toml = trained.consortium.sites[3].toml
+    toml = trained.consortium.sites[1].toml
     said = json.loads(run_command("run", "compare", TRAINING, "--site", toml, "--plots", tmp_path, "--json"))
     data = load_site_data(read_site_config(toml), trained.spec)
     checkpoint = read_checkpoint(trained.consortium.store, trained.view.checkpoint, trained.spec)
@@ -278,12 +282,12 @@ def test_compare_scores_both_on_the_sites_own_validation_cells(trained: Trained,
     expected = f1_score(truth, called, average=None, labels=labels)
     assert said["macro_f1"]["swarm"] == pytest.approx(expected.mean())
     assert [row["swarm"] for row in said["per_class"].values()] == pytest.approx(expected)
-    assert said["cells"] == len(truth) and said["rounds"] == ROUNDS and said["site"] == "West"
+    assert said["cells"] == len(truth) and said["rounds"] == ROUNDS and said["site"] == "East"
     assert said["difference"] == pytest.approx(said["macro_f1"]["swarm"] - said["macro_f1"]["home"])
     assert said["interval"][0] <= said["difference"] <= said["interval"][1]
     assert (tmp_path / "home-against-swarm.png").stat().st_size > 1000
     words = run_command("run", "compare", TRAINING, "--site", toml)
-    assert "West" in words.splitlines()[-1] and "macro-F1" in words
+    assert "East" in words.splitlines()[-1] and "macro-F1" in words
 
 
 def test_compare_of_a_swarm_of_one_is_even(trained: Trained) -> None:
