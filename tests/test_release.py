@@ -25,6 +25,7 @@ from click.testing import CliRunner, Result
 from conftest import write_cells
 from sklearn.metrics import confusion_matrix, f1_score, log_loss
 
+from swarmchain.agreement import standardize
 from swarmchain.audit import audit_run, read_record
 from swarmchain.calibration import calibrate, compute_class_scores, compute_log_probabilities, sum_calls
 from swarmchain.card import ModelCard, Provenance, read_model_folder
@@ -33,7 +34,7 @@ from swarmchain.cli import cli
 from swarmchain.comparing import compare_site
 from swarmchain.config import read_site_config, write_file
 from swarmchain.consortium import Consortium, Polling, start_consortium
-from swarmchain.data import SiteData, load_site_data, standardize
+from swarmchain.data import SiteData, load_site_data
 from swarmchain.dealing import deal_pbmc
 from swarmchain.errors import SwarmError
 from swarmchain.evaluating import plan_evaluation, read_evaluation
