@@ -24,7 +24,16 @@ from swarmchain.labels import LabelMap, check_ids, encode_labels, explain_unmapp
 from swarmchain.names import Naming, read_name_table, rename_features
 from swarmchain.normalization import choose_state, normalize
 from swarmchain.readers import open_source
-from swarmchain.source import Source, check_names, find_rows, iterate_blocks, read_column, read_donors, read_sample
+from swarmchain.source import (
+    Source,
+    check_names,
+    find_rows,
+    iterate_blocks,
+    read_column,
+    read_donors,
+    read_feature_names,
+    read_sample,
+)
 from swarmchain.spec import CellSpec, Normalization, Panel
 
 Floats = npt.NDArray[np.float32]
@@ -105,7 +114,7 @@ def read_names(path: Path, label_column: str, *, settings: DataConfig | None = N
     """
     config = settings or DataConfig(path=str(path), label_column=label_column)
     with open_source(path, config) as source:
-        check_names(source)
+        check_names(source, config)
         names, kept = name_features(source, config, None)
         _, labels = encode_labels(read_column(source, label_column, "label_column"))
     mapping = read_label_map(config)
@@ -133,7 +142,7 @@ def read_cells(
     """
     mapping = read_label_map(config)
     with open_source(path, config) as source:
-        check_names(source)
+        check_names(source, config)
         labels, excluded = _map_labels(source, config, mapping)
         keep = (labels != "") & find_rows(source, config.where)
         if not (labels != "").any():
@@ -156,12 +165,7 @@ def name_features(source: Source, config: DataConfig, panel: Panel | None) -> tu
 
     Scatter and time channels are kept only where the panel or [data.aliases] name them. Raises `DataError`.
     """
-    raw: Sequence[str] = source.features
-    if config.feature_column is not None:
-        if config.feature_column not in source.feature_columns:
-            raise DataError(f"{source.path} has no column {config.feature_column!r} in .var",
-                            hint=f"set [data] feature_column to: {', '.join(source.feature_columns) or '(none)'}")
-        raw = [str(v) for v in source.read_feature_column(config.feature_column)]
+    raw = read_feature_names(source, config)
     pinned = None if panel is None else panel.names
     if pinned is not None and config.feature_table is None:
         raise DataError(f"the run pins a table of names ({pinned[:12]}…), and [data] feature_table names none",
@@ -208,7 +212,8 @@ def _read_matrix(
         rows = keep[start:stop]
         if not rows.any():
             continue
-        x = normalize(block if rows.all() else block[rows], state, normalization, source=label, total=total)
+        x = normalize(block if rows.all() else block[rows], state, normalization, source=label, total=total,
+                      guessed=config.state == "auto")
         if dense is None:
             pieces.append(x[:, columns])
         else:

@@ -69,7 +69,7 @@ def inspect_data(path: Path, config: DataConfig) -> Inspection:
         If the file cannot be used by any run; the message names the file, the key and the remedy.
     """
     with open_source(path, config) as source:
-        check_names(source)
+        check_names(source, config)
         names, kept = name_features(source, config, None)
         keep = find_rows(source, config.where)
         sample = read_sample(source)

@@ -107,7 +107,8 @@ _REMEDIES = {
 }
 
 
-def normalize(x: Any, state: str, target: Normalization, *, source: str, total: int | None = None) -> Any:
+def normalize(x: Any, state: str, target: Normalization, *, source: str, total: int | None = None,
+              guessed: bool = False) -> Any:
     """Rows of X in the state that the spec demands, float32, sparse if they were.
 
     log1p: ln(1 + x / (the cell's sum over all features of the file) · target_sum), as scanpy's `normalize_total` and
@@ -121,6 +122,8 @@ def normalize(x: Any, state: str, target: Normalization, *, source: str, total: 
         What X holds, or "auto".
     total
         The feature that holds a row's total; without one it is the row's sum.
+    guessed
+        Whether the state was told from other rows, so that these have to be looked at too.
 
     Raises
     ------
@@ -130,7 +133,7 @@ def normalize(x: Any, state: str, target: Normalization, *, source: str, total: 
     """
     x = _widen(x, source)
     chosen = choose_state(x, state, target, source=source)
-    _check_values(x, chosen, source)
+    _check_values(x, chosen, source, guessed=guessed or state == "auto")
     if target.kind == "none" or chosen == target.kind:
         return x.astype(np.float32)
     if target.kind == "arcsinh":
@@ -190,7 +193,7 @@ def _widen(x: Any, source: str) -> Any:
     return x
 
 
-def _check_values(x: Any, state: str, source: str) -> None:
+def _check_values(x: Any, state: str, source: str, *, guessed: bool) -> None:
     """Every row must be what a sample of them was taken for."""
     values = x.data if sp.issparse(x) else x
     if values.size == 0 or state not in ("counts", "log1p", "proportions"):
@@ -199,6 +202,8 @@ def _check_values(x: Any, state: str, source: str) -> None:
     if low < 0:
         raise DataError(f"{source}: X is taken for {state} and holds negative values (down to {low:.3g})",
                         hint="point [data] layer at counts or log1p values, or set [data] state")
+    if state == "counts" and guessed and not bool((values == np.rint(values)).all()):
+        raise DataError(f"{source}: X is taken for counts and holds fractions", hint="set [data] state or layer")
     if state == "log1p" and high > LOG1P_MAX:
         raise DataError(f"{source}: X is taken for log1p and holds {high:.6g}", hint="set [data] state or layer")
 
