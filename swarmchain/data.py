@@ -208,10 +208,8 @@ def _read_matrix(
     pieces: list[Any] = []
     dense = np.empty((int(keep.sum()), len(columns)), np.float32) if source.storage == "dense" else None
     filled = 0
-    for start, stop, block in iterate_blocks(source):
+    for start, stop, block in iterate_blocks(source, keep):
         rows = keep[start:stop]
-        if not rows.any():
-            continue
         x = normalize(block if rows.all() else block[rows], state, normalization, source=label, total=total,
                       guessed=config.state == "auto")
         if dense is None:
@@ -232,15 +230,15 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
         left to train on.
     """
     check_ids(cells.ids, spec, source=cells.source)
-    found, inverse = np.unique(cells.labels, return_inverse=True)
+    inverse, found = _factorize(cells.labels)
     index = {label: i for i, label in enumerate(spec.labels)}
-    unknown = [label for label in found.tolist() if label not in index]
+    unknown = [label for label in found if label not in index]
     if unknown and cells.unmapped == "refuse":
         words, hint = explain_unmapped(unknown[0], cells.ids, spec)
         raise DataError(f"{cells.source}: {words} ({len(unknown)} such labels)", hint=hint)
-    y = np.array([index.get(label, -1) for label in found.tolist()], dtype=np.int64)[inverse]
+    y = np.array([index.get(label, -1) for label in found], dtype=np.int64)[inverse]
     counts = np.bincount(inverse, minlength=len(found)).tolist()
-    left_out = {label: n for label, n in zip(found.tolist(), counts, strict=True) if label not in index}
+    left_out = {label: n for label, n in zip(found, counts, strict=True) if label not in index}
     x, present = select_panel(cells, spec.panel)
     names, donors = cells.names, cells.donors
     if left_out:
@@ -252,6 +250,14 @@ def select_cells(cells: Cells, spec: CellSpec) -> SiteData:
         raise DataError(f"{cells.source}: no labelled cell to train on", hint="check label_column and label_map")
     return SiteData(x=x, y=y, present=present, train=train, validation=validation, donors=donors,
                     excluded={**cells.excluded, **left_out})
+
+
+def _factorize(labels: npt.NDArray[np.str_]) -> tuple[Ints, list[str]]:
+    """Code of each label, and the labels in order; hashed, since to sort a million strings takes seconds."""
+    import pandas as pd
+
+    codes, found = pd.factorize(labels.astype(object), sort=True)
+    return codes.astype(np.int64), [str(label) for label in found]
 
 
 def select_panel(cells: Cells, panel: Panel) -> tuple[Floats, npt.NDArray[np.bool_]]:

@@ -50,9 +50,17 @@ class Source:
     remarks: tuple[str, ...] = ()
 
 
-def iterate_blocks(source: Source) -> Iterator[tuple[int, int, Any]]:
-    """Start, stop and rows of X, block by block. Raises `DataError`."""
+def iterate_blocks(source: Source, keep: npt.NDArray[np.bool_] | None = None) -> Iterator[tuple[int, int, Any]]:
+    """Start, stop and rows of X, block by block; of a block, from the first row to the last that `keep` wants.
+
+    Raises `DataError`.
+    """
     for start, stop in zip((0, *source.bounds[:-1]), source.bounds, strict=True):
+        if keep is not None:
+            wanted = np.flatnonzero(keep[start:stop])
+            if len(wanted) == 0:
+                continue
+            start, stop = start + int(wanted[0]), start + int(wanted[-1]) + 1
         with translate_errors(source.path):
             block = source.read_rows(start, stop)
         yield start, stop, block

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from swarmchain.cli import cli
 from swarmchain.config import DataConfig, read_site_config, render_site_toml
-from swarmchain.data import SiteData, choose_validation, load_site_data, read_names
+from swarmchain.data import SiteData, choose_validation, load_site_data, read_cells, read_names
 from swarmchain.errors import DataError
 from swarmchain.inspection import inspect_data
 from swarmchain.normalization import find_state
@@ -299,3 +299,14 @@ def test_warnings_say_where_normalisation_came_too_late(tmp_path: Path) -> None:
                           (x, "counts of only 150 features")):
         path = write(tmp_path / "a.h5ad", values)
         assert any(words in warning for warning in inspect_data(path, config).warnings), words
+
+
+def test_file_of_an_old_anndata_whose_counts_are_in_raw() -> None:
+    import scanpy
+
+    path = Path(scanpy.__file__).parent / "datasets" / "10x_pbmc68k_reduced.h5ad"
+    config = DataConfig(path="", label_column="bulk_labels")
+    with pytest.raises(DataError, match="with mean 0 and SD 1 per feature") as caught:
+        read_cells(path, config, Normalization())
+    assert 'layer = "raw"' in caught.value.hint
+    assert read_cells(path, config.model_copy(update={"layer": "raw"}), Normalization()).x.shape == (700, 765)

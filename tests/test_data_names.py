@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from cells import load, make_spec, make_table, need, write
 
-from swarmchain.config import DataConfig
+from swarmchain.config import DataConfig, read_site_config, render_site_toml
 from swarmchain.data import read_cells, select_cells
 from swarmchain.errors import DataError, SpecError
 from swarmchain.labels import is_cell_ontology_id, read_label_map
 from swarmchain.names import SYNONYMS, Naming, find_kind, parse_name_table, rename_features
 from swarmchain.protocol import compute_digest
 from swarmchain.spec import Normalization, Panel, Term, encode_spec, parse_spec
+from swarmchain.store import Store
+from swarmchain.work import RunWork
 
 TABLE = b"ensembl,symbol\nENSG00000198851,CD3E\nENSG00000010610,CD4\nENSG00000153563,CD8A\n"
 
@@ -205,3 +207,20 @@ def test_cells_without_panel_keep_all_features(tmp_path: Path) -> None:
     cells = read_cells(path, DataConfig(path="", label_column="cell_type"), Normalization())
     assert cells.features == ("g0", "g1", "g2")
     assert select_cells(cells, make_spec(["g2", "g0"])).x.shape == (8, 2)
+
+
+def test_agent_fetches_the_table_that_the_run_pins(tmp_path: Path) -> None:
+    from test_duties import make_view
+
+    data = make_table(np.random.default_rng(0).poisson(5.0, (40, 150)).astype(np.float32))
+    data.var_names = [f"ENSG{i:011d}" for i in range(148)] + ["ENSG00000198851.3", "ENSG00000010610"]
+    data.write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "site.toml").write_text(render_site_toml(
+        name="A", rpc_url="http://h:1", deployment="d", store="store", data="a.h5ad", label_column="cell_type"))
+    config = read_site_config(tmp_path / "site.toml")
+    store = Store(config.store_url)
+    panel = Panel(features=("CD3E", "CD4"), share_min=1.0, names=store.put_blob(TABLE))
+    spec = store.put_blob(encode_spec(make_spec([], panel=panel)))
+    work = RunWork(config, store, make_view(run=1, spec=spec), site=0, view_run=lambda run: make_view())
+    assert work.task.describe()["features"] == 2
