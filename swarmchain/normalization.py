@@ -7,7 +7,7 @@ same numbers give the same bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,7 @@ def choose_state(x: Any, state: str, target: Normalization, *, source: str) -> s
     DataError
         If the demanded state cannot be made of it.
     """
-    finding = find_state(x) if state == "auto" else Finding(_as_state(state), "[data] state says so")
+    finding = find_state(x) if state == "auto" else Finding(cast(State, state), "[data] state says so")
     if target.kind == "none":
         return finding.state
     # arcsinh has too many cofactors to be told from log1p: only site.toml can say that X is arcsinh already
@@ -95,10 +95,6 @@ def choose_state(x: Any, state: str, target: Normalization, *, source: str) -> s
     words = finding.fault or f"X looks like {finding.state} ({finding.why})"
     raise DataError(f"{source}: {words}; {target.kind} cannot be made of it",
                     hint=_REMEDIES.get(finding.state, "point [data] layer at counts, or set [data] state"))
-
-
-def _as_state(state: str) -> Any:
-    return state
 
 
 _REMEDIES = {
