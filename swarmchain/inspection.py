@@ -1,4 +1,5 @@
-"""What a file of cells holds, and what is wrong with it, for the person who keeps it. Shows no cell's name or value."""
+"""What a file of cells holds, and what is wrong with it, for the person who keeps it. Shows no cell's name, and
+of X only extremes and medians."""
 
 from __future__ import annotations
 
