@@ -1,5 +1,7 @@
-"""What a file of cells holds, and what is wrong with it, for the person who keeps it. Shows no cell's name, and
-of X only extremes and medians."""
+"""What a file of cells holds, and what is wrong with it, for the person who keeps it.
+
+Shows no cell's name, and of X only extremes and medians.
+"""
 
 from __future__ import annotations
 
