@@ -45,7 +45,7 @@ from swarmchain.baselines import predict
 from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify
 from swarmchain.checkpoint import allocate_tensors, decode_tensors
 from swarmchain.config import DataConfig, SiteCard
-from swarmchain.data import read_cells, select_cells, select_panel
+from swarmchain.data import read_cells
 from swarmchain.dealing import deal_folder
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merge import Input, compute_norm, sum_statistics
@@ -54,6 +54,7 @@ from swarmchain.metrics import compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics
 from swarmchain.protocol import EFFECT_MNAT_MAX, Opening, Rating, RoundKey
 from swarmchain.rating import rate_contributions
+from swarmchain.selection import select_cells, select_panel
 from swarmchain.spec import CellTypeSpec, Limits, Normalization, Training
 from swarmchain.trainer import TrainingSet, prepare_training, train_round
 

@@ -21,17 +21,19 @@ from typing import Any
 
 import numpy as np
 
+from swarmchain.agreement import compute_statistics
 from swarmchain.baselines_donors import compare_donors, load_test, summarize_arm
 from swarmchain.certify import Arrays
 from swarmchain.checkpoint import allocate_tensors, decode_tensors
 from swarmchain.config import DataConfig, SiteCard
-from swarmchain.data import Cells, compute_statistics, read_cells, select_cells
+from swarmchain.data import read_cells
 from swarmchain.dealing import Dealt
 from swarmchain.dealing_donors import AML_FOLDS, KANG_FOLDS, deal_aml, deal_kang
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
 from swarmchain.merging import parse_merge
 from swarmchain.planning import plan_donor, plan_statistics
+from swarmchain.selection import Cells, select_cells
 from swarmchain.spec import DeepSets, DonorSpec, GatedAttention, Limits, Normalization, Pseudobulk, RowModel, Training
 from swarmchain.trainer import prepare_training, train_round
 

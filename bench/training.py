@@ -31,10 +31,11 @@ from science import SETS, make_settings
 from swarmchain.baselines import pool, train_alone
 from swarmchain.benchmark import Settings
 from swarmchain.config import DataConfig
-from swarmchain.data import read_cells, select_cells
+from swarmchain.data import read_cells
 from swarmchain.dealing import deal_splits
 from swarmchain.inprocess import InProcess
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
+from swarmchain.selection import select_cells
 from swarmchain.spec import CellTypeSpec, Limits
 from swarmchain.store import read_checkpoint
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from swarmchain.data import SiteData
 from swarmchain.errors import DataError, SpecError
 from swarmchain.kernels import add_moments
 from swarmchain.layouts import LOW
+from swarmchain.selection import SiteData
 from swarmchain.spec import Panel, StatisticsSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from swarmchain.agreement import count_samples, standardize
 from swarmchain.certify import Arrays
-from swarmchain.data import SiteData
 from swarmchain.metrics import compute_f1, summarize_f1
 from swarmchain.model import build_model, load_state, predict_probabilities
+from swarmchain.selection import SiteData
 from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
 from swarmchain.trainer import prepare_training, train_round
 

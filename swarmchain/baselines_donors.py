@@ -13,10 +13,11 @@ import numpy.typing as npt
 from swarmchain.baselines import pool, train_alone
 from swarmchain.certify import Arrays
 from swarmchain.config import DataConfig
-from swarmchain.data import SiteData, read_cells, select_cells
+from swarmchain.data import read_cells
 from swarmchain.examples import BagSet, TrainingSet, prepare_training
 from swarmchain.metrics import compute_auroc, summarize_f1
 from swarmchain.model import build_model, load_state
+from swarmchain.selection import SiteData, select_cells
 from swarmchain.spec import DonorSpec
 
 Floats = npt.NDArray[np.float32]

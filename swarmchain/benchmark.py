@@ -30,13 +30,14 @@ from swarmchain.arena import open_arena
 from swarmchain.baselines import pool, predict, predict_linear, train_alone
 from swarmchain.certify import Arrays
 from swarmchain.config import DataConfig
-from swarmchain.data import SiteData, read_cells, read_names, select_cells, select_panel
+from swarmchain.data import read_cells, read_names
 from swarmchain.dealing import Dealt, deal_splits
 from swarmchain.errors import ConfigError, DataError
 from swarmchain.intervals import Interval, resample_macro_f1
 from swarmchain.metrics import compute_f1, compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.protocol import derive_seed, first_problem
+from swarmchain.selection import SiteData, select_cells, select_panel
 from swarmchain.spec import CellTypeSpec, Limits, Model, Normalization, Training
 from swarmchain.store import read_checkpoint
 from swarmchain.trainer import prepare_training, score_checkpoint

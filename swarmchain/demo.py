@@ -26,7 +26,7 @@ from swarmchain.certify import Arrays
 from swarmchain.checkpoint import compute_size, decode_tensors
 from swarmchain.config import read_site_config, write_file
 from swarmchain.consortium import Consortium, start_consortium
-from swarmchain.data import SiteData, load_site_data, read_cells, select_panel
+from swarmchain.data import load_site_data, read_cells
 from swarmchain.dealing import Dealt, deal_folder, deal_pbmc
 from swarmchain.errors import AuditFailed, ConfigError, SwarmError
 from swarmchain.layouts import checkpoint_layout
@@ -36,6 +36,7 @@ from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
 from swarmchain.report import Predictions, format_metrics_table, write_report
+from swarmchain.selection import SiteData, select_panel
 from swarmchain.spec import CellTypeSpec, Limits, Model, Training, encode_spec
 from swarmchain.store import read_checkpoint
 from swarmchain.summary import build_rounds, measure_gas, summarize_timing, to_json

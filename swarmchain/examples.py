@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from swarmchain.agreement import standardize
-from swarmchain.data import SiteData
 from swarmchain.errors import DataError
 from swarmchain.model import predict_probabilities
+from swarmchain.selection import SiteData
 from swarmchain.spec import Model, TrainedSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -1,4 +1,7 @@
-"""What a file of cells holds, and what is wrong with it, for the person who keeps it. Shows no cell's name or value."""
+"""What a file of cells holds, and what is wrong with it, for the person who keeps it.
+
+Shows no cell's name, and of X only extremes and medians.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +72,11 @@ def inspect_data(path: Path, config: DataConfig) -> Inspection:
         If the file cannot be used by any run; the message names the file, the key and the remedy.
     """
     with open_source(path, config) as source:
-        check_names(source)
+        check_names(source, config)
         names, kept = name_features(source, config, None)
         keep = find_rows(source, config.where)
         sample = read_sample(source)
-        finding = find_state(sample) if config.state == "auto" else Finding(_any(config.state), "[data] state says so")
+        finding = find_state(sample) if config.state == "auto" else Finding(config.state, "[data] state says so")
         labels, unlabelled = _count(source, config.label_column, "label_column", keep)
         donors = _count_donors(source, config, keep)
         shared, excluded = _share(labels, config)
@@ -91,10 +94,6 @@ def inspect_data(path: Path, config: DataConfig) -> Inspection:
             columns=source.columns, channels=tuple(zip(source.channels, source.features, strict=False)),
             labels=labels, shared=shared, unlabelled=unlabelled, excluded=excluded, donors=donors, warnings=warnings,
         )
-
-
-def _any(state: str) -> Any:
-    return state
 
 
 def _count(source: Source, column: str, key: str, keep: Any) -> tuple[dict[str, int] | None, int]:

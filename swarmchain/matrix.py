@@ -66,7 +66,7 @@ def read_matrix(path: Path, panel: Panel, normalization: Normalization, *, layer
     """
     config = DataConfig(path=str(path), label_column="", layer=layer)
     with open_source(path, config) as source:
-        check_names(source)
+        check_names(source, config)
         features, _ = name_features(source, config, panel.model_copy(update={"names": None}))
         found = choose_state(read_sample(source), state, normalization, source=str(path))
         yield Matrix(str(path), features, len(source.cells), found, normalization, source)

@@ -7,7 +7,7 @@ same numbers give the same bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,7 @@ def choose_state(x: Any, state: str, target: Normalization, *, source: str) -> s
     DataError
         If the demanded state cannot be made of it.
     """
-    finding = find_state(x) if state == "auto" else Finding(_as_state(state), "[data] state says so")
+    finding = find_state(x) if state == "auto" else Finding(cast(State, state), "[data] state says so")
     if target.kind == "none":
         return finding.state
     # arcsinh has too many cofactors to be told from log1p: only site.toml can say that X is arcsinh already
@@ -97,17 +97,14 @@ def choose_state(x: Any, state: str, target: Normalization, *, source: str) -> s
                     hint=_REMEDIES.get(finding.state, "point [data] layer at counts, or set [data] state"))
 
 
-def _as_state(state: str) -> Any:
-    return state
-
-
 _REMEDIES = {
     "scaled": "point [data] layer at counts or log1p values (scanpy keeps them in .raw: layer = \"raw\")",
     "log1p": "point [data] layer at counts; if X is arcsinh with the run's cofactor set [data] state = \"arcsinh\"",
 }
 
 
-def normalize(x: Any, state: str, target: Normalization, *, source: str, total: int | None = None) -> Any:
+def normalize(x: Any, state: str, target: Normalization, *, source: str, total: int | None = None,
+              guessed: bool = False) -> Any:
     """Rows of X in the state that the spec demands, float32, sparse if they were.
 
     log1p: ln(1 + x / (the cell's sum over all features of the file) · target_sum), as scanpy's `normalize_total` and
@@ -121,6 +118,8 @@ def normalize(x: Any, state: str, target: Normalization, *, source: str, total: 
         What X holds, or "auto".
     total
         The feature that holds a row's total; without one it is the row's sum.
+    guessed
+        Whether the state was told from other rows, so that these have to be looked at too.
 
     Raises
     ------
@@ -130,7 +129,7 @@ def normalize(x: Any, state: str, target: Normalization, *, source: str, total: 
     """
     x = _widen(x, source)
     chosen = choose_state(x, state, target, source=source)
-    _check_values(x, chosen, source)
+    _check_values(x, chosen, source, guessed=guessed or state == "auto")
     if target.kind == "none" or chosen == target.kind:
         return x.astype(np.float32)
     if target.kind == "arcsinh":
@@ -190,7 +189,7 @@ def _widen(x: Any, source: str) -> Any:
     return x
 
 
-def _check_values(x: Any, state: str, source: str) -> None:
+def _check_values(x: Any, state: str, source: str, *, guessed: bool) -> None:
     """Every row must be what a sample of them was taken for."""
     values = x.data if sp.issparse(x) else x
     if values.size == 0 or state not in ("counts", "log1p", "proportions"):
@@ -199,6 +198,8 @@ def _check_values(x: Any, state: str, source: str) -> None:
     if low < 0:
         raise DataError(f"{source}: X is taken for {state} and holds negative values (down to {low:.3g})",
                         hint="point [data] layer at counts or log1p values, or set [data] state")
+    if state == "counts" and guessed and not bool((values == np.rint(values)).all()):
+        raise DataError(f"{source}: X is taken for counts and holds fractions", hint="set [data] state or layer")
     if state == "log1p" and high > LOG1P_MAX:
         raise DataError(f"{source}: X is taken for log1p and holds {high:.6g}", hint="set [data] state or layer")
 

@@ -25,10 +25,10 @@ from anndata.io import read_elem, write_elem
 from swarmchain.agreement import standardize
 from swarmchain.calibration import compute_class_scores, compute_log_probabilities
 from swarmchain.card import ModelFolder
-from swarmchain.data import Cells, select_panel
 from swarmchain.errors import ConfigError, DataError
 from swarmchain.matrix import BATCH, Matrix, is_modern, read_matrix
 from swarmchain.model import build_model, load_state
+from swarmchain.selection import Cells, select_panel
 
 LABEL, CONFIDENCE, UNKNOWN, PROBABILITIES, PROVENANCE = (
     "swarm_label", "swarm_confidence", "swarm_unknown", "swarm_probabilities", "swarmchain")

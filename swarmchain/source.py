@@ -50,9 +50,17 @@ class Source:
     remarks: tuple[str, ...] = ()
 
 
-def iterate_blocks(source: Source) -> Iterator[tuple[int, int, Any]]:
-    """Start, stop and rows of X, block by block. Raises `DataError`."""
+def iterate_blocks(source: Source, keep: npt.NDArray[np.bool_] | None = None) -> Iterator[tuple[int, int, Any]]:
+    """Start, stop and rows of X, block by block; of a block, from the first row to the last that `keep` wants.
+
+    Raises `DataError`.
+    """
     for start, stop in zip((0, *source.bounds[:-1]), source.bounds, strict=True):
+        if keep is not None:
+            wanted = np.flatnonzero(keep[start:stop])
+            if len(wanted) == 0:
+                continue
+            start, stop = start + int(wanted[0]), start + int(wanted[-1]) + 1
         with translate_errors(source.path):
             block = source.read_rows(start, stop)
         yield start, stop, block
@@ -88,14 +96,26 @@ def read_sample(source: Source) -> Any:
     return x
 
 
-def check_names(source: Source) -> None:
+def read_feature_names(source: Source, config: DataConfig) -> tuple[str, ...]:
+    """The features' names, from [data] feature_column where it is set. Raises `DataError`."""
+    name = config.feature_column
+    if name is None:
+        return source.features
+    if name not in source.feature_columns:
+        raise DataError(f"{source.path} has no column {name!r} in .var",
+                        hint=f"set [data] feature_column to: {', '.join(source.feature_columns) or '(none)'}")
+    return tuple(str(v) for v in source.read_feature_column(name))
+
+
+def check_names(source: Source, config: DataConfig) -> None:
     """Refuse a file without cells or features, or with names that are missing or stand twice. Raises `DataError`."""
     import pandas as pd
 
     if len(source.cells) == 0 or not source.features:
         raise DataError(f"{source.path} holds no {'features' if len(source.cells) else 'cells'}",
                         hint="give this site a file with cells")
-    for kind, names in (("features (var_names)", np.array(source.features)), ("cells (obs_names)", source.cells)):
+    features = np.array(read_feature_names(source, config))
+    for kind, names in (("features (var_names)", features), ("cells (obs_names)", source.cells)):
         missing = np.flatnonzero(np.isin(names, ("", "nan", "NaN", "None", "<NA>")))
         if len(missing):
             raise DataError(f"{source.path}: {len(missing)} of its {kind} have no name, first number {missing[0]}",

@@ -36,12 +36,13 @@ from swarmchain.agreement import (
 )
 from swarmchain.checkpoint import allocate_tensors, decode_tensors, encode_tensors
 from swarmchain.config import DataConfig
-from swarmchain.data import Cells, SiteData, read_cells, select_cells, select_panel
+from swarmchain.data import read_cells
 from swarmchain.errors import DataError, SpecError
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merge import Input, compute_norm, sum_statistics
 from swarmchain.model import build_model, draw_state, load_state
 from swarmchain.planning import plan_cell_type, summarize_statistics
+from swarmchain.selection import Cells, SiteData, select_cells, select_panel
 from swarmchain.spec import (
     CellTypeSpec,
     Limits,

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from swarmchain.agreement import compute_statistics
 from swarmchain.baselines import pool, train_alone
 from swarmchain.baselines_donors import compare_donors, load_test, predict_samples, summarize_arm
 from swarmchain.checkpoint import allocate_tensors, compute_size, decode_tensors
 from swarmchain.config import DataConfig, read_site_config
 from swarmchain.consortium import start_consortium
-from swarmchain.data import Cells, SiteData, compute_statistics, load_site_data, select_cells
+from swarmchain.data import load_site_data
 from swarmchain.dealing_donors import AML_FOLDS, KANG_FOLDS, deal_aml, deal_kang
 from swarmchain.donors import check_donor_split, choose_validation_donors, group_samples
 from swarmchain.errors import DataError, SpecError
@@ -32,6 +33,7 @@ from swarmchain.merge import Input, compute_norm, merge_deltas
 from swarmchain.metrics import compute_auroc
 from swarmchain.model import build_model, compute_attention, draw_state, load_state, sum_attention
 from swarmchain.planning import plan_donor, plan_statistics, read_statistics
+from swarmchain.selection import Cells, SiteData, select_cells
 from swarmchain.spec import (
     DeepSets,
     DonorSpec,

@@ -34,7 +34,7 @@ from swarmchain.cli import cli
 from swarmchain.comparing import compare_site
 from swarmchain.config import read_site_config, write_file
 from swarmchain.consortium import Consortium, Polling, start_consortium
-from swarmchain.data import SiteData, load_site_data
+from swarmchain.data import load_site_data
 from swarmchain.dealing import deal_pbmc
 from swarmchain.errors import SwarmError
 from swarmchain.evaluating import plan_evaluation, read_evaluation
@@ -42,6 +42,7 @@ from swarmchain.layouts import checkpoint_layout, local_layout
 from swarmchain.model import predict_logits
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.protocol import RunView, compute_digest, encode_canonical
+from swarmchain.selection import SiteData
 from swarmchain.spec import CellTypeSpec, EvaluationSpec, Limits, Model, Panel, RunRef, StatisticsRef, Training
 from swarmchain.store import read_checkpoint
 from swarmchain.work import check_run

@@ -13,7 +13,7 @@ from conftest import make_signers, write_cells
 
 from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
 from swarmchain.config import DataConfig, read_site_config, render_site_toml
-from swarmchain.data import choose_validation, normalize, read_cells
+from swarmchain.data import read_cells
 from swarmchain.errors import (
     BlobMissing,
     CheckpointError,
@@ -26,7 +26,9 @@ from swarmchain.errors import (
     StoreUnreachable,
 )
 from swarmchain.keys import create_keystore, open_keystore
+from swarmchain.normalization import normalize
 from swarmchain.protocol import Opening, RoundKey, encode_canonical, parse_opening
+from swarmchain.selection import choose_validation
 from swarmchain.spec import Normalization, parse_spec
 from swarmchain.store import Store
 

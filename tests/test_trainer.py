@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from swarmchain.data import SiteData
 from swarmchain.layouts import constant_layout
 from swarmchain.model import draw_state
+from swarmchain.selection import SiteData
 from swarmchain.spec import CellTypeSpec, Limits, Model, Panel, StatisticsRef, Training
 from swarmchain.trainer import Contribution, Resume, TrainingSet, prepare_training, train_round
 

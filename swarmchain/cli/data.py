@@ -32,7 +32,7 @@ def data() -> None:
 @json_option
 def check(path: Path | None, site_file: Path | None, label_column: str, donor_column: str | None,
           labels: Path | None, labels_key: str | None, layer: str | None, as_json: bool) -> None:
-    """Say what a file of cells holds and what is wrong with it; shows no cell's name or value."""
+    """Say what a file of cells holds and what is wrong with it; shows no cell's name, and of X only extremes."""
     from swarmchain.inspection import inspect_data
 
     if (path is None) == (site_file is None):
