@@ -26,7 +26,7 @@ from swarmchain.data import Cells, SiteData, compute_statistics, load_site_data,
 from swarmchain.dealing_donors import AML_FOLDS, KANG_FOLDS, deal_aml, deal_kang
 from swarmchain.donors import check_donor_split, choose_validation_donors, group_samples
 from swarmchain.errors import DataError, SpecError
-from swarmchain.examples import BagSet, TrainingSet
+from swarmchain.examples import BagSet, TrainingSet, predict_bags
 from swarmchain.layouts import checkpoint_layout, constant_layout, state_layout
 from swarmchain.merge import Input, compute_norm, merge_deltas
 from swarmchain.metrics import compute_auroc
@@ -116,6 +116,18 @@ def test_order_of_cells_changes_nothing(seed: int, count: int, model: Any) -> No
         weights = compute_attention(state, bag, spec)
         assert np.allclose(weights[order], compute_attention(state, bag[order], spec), atol=1e-6)
         assert np.isclose(weights.sum(), 1.0, atol=1e-5)
+
+
+def test_prediction_without_labels_is_that_with_them() -> None:
+    spec = make_spec()
+    examples, state = make_examples(spec), draw_state(spec)
+    assert isinstance(examples, BagSet)
+    data = select_cells(make_cells(), spec)
+    found = predict_bags(state, examples.x.numpy(), data.samples, spec)
+    assert found.shape == (len(data.sample_names), 2)
+    assert np.array_equal(found[examples.validation], predict_samples(state, examples, spec))
+    with pytest.raises(DataError, match="no samples"):
+        predict_bags(state, np.zeros((0, FEATURES), np.float32), np.zeros(0, np.int64), spec)
 
 
 def test_attention_is_that_of_the_paper() -> None:
