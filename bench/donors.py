@@ -3,8 +3,7 @@
     SWARMCHAIN_DATA=DIR python bench/donors.py [--tasks aml-skew aml-even kang] [--seeds 3] [--json]
 
 The swarm's own statistics, training and merge, without chain and store (tests/test_donor.py holds both to the same
-bytes). `aml`: one row per subject, five folds, the cases dealt evenly or skewed; scores are of all subjects, each
-predicted by the fold that held it out: the mean over folds. `kang`: bags of cells, four folds that hold out two donors
+bytes). `aml`: one row per subject, five folds, the cases dealt evenly or skewed; scores are means over the folds. `kang`: bags of cells, four folds that hold out two donors
 each, three sites with two donors; the sixteen samples' probabilities of all folds are scored together.
 """
 
