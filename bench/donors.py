@@ -3,8 +3,7 @@
     SWARMCHAIN_DATA=DIR python bench/donors.py [--tasks aml-skew aml-even kang] [--seeds 3] [--json]
 
 The swarm's own statistics, training and merge, without chain and store (tests/test_donor.py holds both to the same
-bytes). `aml`: one row per subject, five folds, the cases dealt evenly or skewed; scores are of all subjects, each
-predicted by the fold that held it out: the mean over folds. `kang`: bags of cells, four folds that hold out two donors
+bytes). `aml`: one row per subject, five folds, the cases dealt evenly or skewed; scores are means over the folds. `kang`: bags of cells, four folds that hold out two donors
 each, three sites with two donors; the sixteen samples' probabilities of all folds are scored together.
 """
 
@@ -37,18 +36,21 @@ from swarmchain.selection import Cells, select_cells
 from swarmchain.spec import DeepSets, DonorSpec, GatedAttention, Limits, Normalization, Pseudobulk, RowModel, Training
 from swarmchain.trainer import prepare_training, train_round
 
-MODELS = {"linear": RowModel(hidden=()), "mlp": RowModel(hidden=(32,)), "pseudobulk": Pseudobulk(),
+MODELS = {"linear": RowModel(hidden=()), "mlp": RowModel(hidden=(64,), dropout=0.3), "pseudobulk": Pseudobulk(),
           "deep sets": DeepSets(encoder=(32,)), "attention": GatedAttention(encoder=(32,), attention=16)}
 TASKS = {"aml-skew": ("linear", "mlp"), "aml-even": ("linear", "mlp"), "kang": ("pseudobulk", "deep sets", "attention")}
 
 
 def make_settings(task: str, model: str, seed: int) -> dict[str, Any]:
     """What `plan_donor` gets; chosen on training donors, see docs/donors.md."""
-    aml = task.startswith("aml")
-    training = Training(seed=seed, steps=10, batch_size=32 if aml else 8, lr=1e-3, weight_decay=0.0,
-                        class_balance="inverse_sqrt")
-    return {"model": MODELS[model], "training": training, "limits": Limits(rounds=40, sites_to_start=2),
-            "labels_min": 1, "bag_size": 64, "sites_per_feature_min": 2, "merge": parse_merge({"method": "clipped_mean"})}
+    if task == "kang":
+        training, rounds = Training(seed=seed, steps=5, batch_size=4), 10
+    elif model == "linear":
+        training, rounds = Training(seed=seed, steps=10, batch_size=32, lr=3e-3), 40
+    else:
+        training, rounds = Training(seed=seed, steps=10, batch_size=32, weight_decay=1e-3), 40
+    return {"model": MODELS[model], "training": training, "limits": Limits(rounds=rounds, sites_to_start=2),
+            "labels_min": 1, "bag_size": 32, "sites_per_feature_min": 2, "merge": parse_merge({"method": "clipped_mean"})}
 
 
 def prepare(dealt: Dealt, normalization: Normalization, settings: dict[str, Any]) -> tuple[Any, ...]:

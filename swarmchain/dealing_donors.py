@@ -28,7 +28,7 @@ KANG_SITES = 3
 def deal_aml(folder: Path, root: Path, fold: int, *, skew: bool = True) -> Dealt:
     """FlowCAP-II (Aghaeepour et al. 2013): one row of 378 population proportions per subject, 43 of 359 with AML.
 
-    A row is a subject; X is each population's share of all events, as percent, ln(1 + x). The subjects of `fold` (0 to
+    A row is a subject; X is the square root of each population's share of all events, which steadies the variance of counts. The subjects of `fold` (0 to
     4) are held out; the others lie at five sites, evenly or, with `skew`, the cases 60/25/10/3/2 %: then a site may
     be left with controls only, and the run's spec must allow that (`labels_min` = 1).
 
@@ -44,7 +44,7 @@ def deal_aml(folder: Path, root: Path, fold: int, *, skew: bool = True) -> Dealt
         raise DataError(f"{root}: splits/flowcap2_aml.csv does not fit flowcap2_aml/", hint="both must be of 359 rows")
     shares = counts.iloc[:, 1:].to_numpy(np.float64) / counts.iloc[:, [0]].to_numpy(np.float64)
     data = anndata.AnnData(
-        X=np.log1p(100 * shares).astype(np.float32),
+        X=np.sqrt(shares).astype(np.float32),
         obs=pd.DataFrame({"diagnosis": table["class"].to_numpy(), "subject": table["subject"].astype(str).to_numpy()},
                          index=[f"subject {s}" for s in table["subject"]]),
         var=pd.DataFrame(index=[str(c) for c in counts.columns[1:]]),

@@ -19,9 +19,9 @@ from torch import nn
 
 from swarmchain.agreement import standardize
 from swarmchain.errors import DataError
-from swarmchain.model import predict_probabilities
+from swarmchain.model import build_model, load_state, predict_probabilities
 from swarmchain.selection import SiteData
-from swarmchain.spec import Model, TrainedSpec
+from swarmchain.spec import DonorSpec, Model, TrainedSpec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
@@ -174,6 +174,31 @@ def prepare_training(
                   draw=_weigh(y[train], spec, examples_per_label), bag_size=spec.bag_size)
 
 
+def predict_bags(parameters: Arrays, x: Floats, samples: Ints, spec: DonorSpec) -> Floats:
+    """Class probabilities [samples, labels] of samples whose labels nobody knows.
+
+    Parameters
+    ----------
+    x
+        Standardised cells, [cells, panel].
+    samples
+        Each cell's sample, numbered from 0 without a gap, [cells].
+
+    Raises
+    ------
+    DataError
+        If a sample has no cells.
+    """
+    count = int(samples.max(initial=-1)) + 1
+    cells, starts = _group(samples, count)
+    model = build_model(spec)
+    load_state(model, parameters)
+    none = np.zeros(0, dtype=np.int64)
+    bags = BagSet(x=torch.from_numpy(x), cells=cells, starts=starts, y=torch.zeros(count, dtype=torch.int64),
+                  train=none, validation=np.arange(count), draw=np.zeros(0), bag_size=spec.bag_size)
+    return bags.predict(model, bags.validation)
+
+
 def _weigh(y: Ints, spec: TrainedSpec, examples_per_label: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
     """Probabilities of the training examples, from their labels."""
     counts = np.maximum(examples_per_label.astype(np.float64), 1.0)
@@ -186,6 +211,8 @@ def _weigh(y: Ints, spec: TrainedSpec, examples_per_label: npt.NDArray[np.generi
 def _group(samples: Ints, count: int) -> tuple[Ints, Ints]:
     """Row numbers grouped by sample, and where each sample's begin, with the end: [samples + 1]."""
     sizes = np.bincount(samples, minlength=count)
+    if not count:
+        raise DataError("there are no cells, so no samples", hint="check the data and its sample column")
     if not sizes.all():
         raise DataError(f"an empty bag: sample number {int(np.argmin(sizes))} has no cells", hint="leave it out")
     return np.argsort(samples, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
