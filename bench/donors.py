@@ -70,7 +70,7 @@ def prepare_cells(found: dict[str, Cells], normalization: Normalization, setting
     inputs = []
     for i, cells in enumerate(found.values()):
         data = select_cells(cells, source)
-        sums = compute_statistics(data, labels=len(source.labels))
+        sums = compute_statistics(data, source)
         inputs.append(Input(i, len(data.train), sums, compute_norm(sums)))
     _, total = allocate_tensors(checkpoint_layout(source))
     sum_statistics(inputs, into=total)

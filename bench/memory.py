@@ -40,8 +40,9 @@ import anndata, h5py, pandas, scipy.sparse
 base, started = peak(), time.process_time()
 cells = 0
 if len(sys.argv) > 2:
-    data = load_site_data(read_site_config(Path(sys.argv[1])), parse_spec(Path(sys.argv[2]).read_bytes()))
-    compute_statistics(data, labels=5)
+    spec = parse_spec(Path(sys.argv[2]).read_bytes())
+    data = load_site_data(read_site_config(Path(sys.argv[1])), spec)
+    compute_statistics(data, spec)
     cells = len(data.y)
 print(json.dumps({"cells": cells, "cpu_s": time.process_time() - started, "base_mb": base, "peak_mb": peak()}))
 """

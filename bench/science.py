@@ -3,7 +3,8 @@
     SWARMCHAIN_DATA=DIR python bench/science.py [--data NAME …] [--seeds 3] [--rounds 100] [--real] [--write] [--json]
 
 `SWARMCHAIN_DATA` names the folder with the sets and `splits/`. `--real` plays the first seed again through agents on a
-chain and demands the same checkpoint. `--write` puts the table into docs/benchmarks.md and the figures into docs/images.
+chain and demands the same checkpoint. `--write` puts the table into docs/benchmarks.md and the figures into docs/images;
+with `--out` and then `--read` the measuring may be spread over several calls.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def check_real(settings: Settings, found: dict[str, Any], name: str) -> None:
 
 
 def format_table(rows: dict[str, dict[str, Any]]) -> str:
-    heads = ("data", "central", "swarm", "linear", "local mean", "local worst", "swarm - central (95 %)",
+    heads = ("data", "seeds", "central", "swarm", "linear", "local mean", "local worst", "swarm - central (95 %)",
              "least gain at home", "agents agree")
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, found in rows.items():
         agree = "yes" if "real_checkpoint" in found else "–"
-        lines.append(f"| {name} | {' | '.join(format_row(found))} | {agree} |")
+        lines.append(f"| {name} | {found['settings']['seeds']} | {' | '.join(format_row(found))} | {agree} |")
     return "\n".join(lines) + "\n"
 
 
@@ -79,11 +80,16 @@ def main() -> None:
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--out", type=Path, help="a folder for every set's benchmark.json and figure")
+    parser.add_argument("--read", type=Path, help="take what an earlier --out left there, and measure nothing")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = {}
     for name in options.data:
+        if options.read:
+            if (options.read / f"{name}.json").exists():
+                rows[name] = json.loads((options.read / f"{name}.json").read_text())
+            continue
         settings = make_settings(name, seeds=options.seeds, rounds=options.rounds)
         found = rows[name] = run_benchmark(settings, say=lambda words: print(words, file=sys.stderr, flush=True))
         found["dataset"] = name
@@ -92,9 +98,9 @@ def main() -> None:
         if options.out:
             write_figure(options.out / f"{name}.png", found)
             (options.out / f"{name}.json").write_text(json.dumps(found, indent=1, sort_keys=True))
-        if options.write:
-            write_figure(PAGE.parent / "images" / f"benchmark-{name}.png", found)
     if options.write:
+        for name, found in rows.items():
+            write_figure(PAGE.parent / "images" / f"benchmark-{name}.png", found)
         replace_table("science", format_table(rows))
     print(json.dumps(rows, indent=1) if options.json else format_table(rows))
 

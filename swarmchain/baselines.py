@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from swarmchain.agreement import count_samples, standardize
 from swarmchain.certify import Arrays
-from swarmchain.metrics import compute_f1, summarize_f1
+from swarmchain.metrics import compute_f1, compute_macro_f1, summarize_f1
 from swarmchain.model import build_model, load_state, predict_probabilities
 from swarmchain.selection import SiteData
 from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
@@ -32,6 +32,25 @@ def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
     load_state(model, parameters)
     called: Ints = predict_probabilities(model, x).argmax(axis=1).astype(np.int64)
     return called
+
+
+def score_at_home(parameters: Arrays, data: SiteData, cells_per_label: npt.NDArray[np.generic], spec: CellTypeSpec, *,
+                  constants: Arrays) -> float:
+    """Macro-F1 on a site's validation cells once its own shares of the classes are allowed for.
+
+    A swarm's model expects the classes as often as training drew them; a site that knows which it has may say so:
+    p(c|x) · own share / drawn share, normalised (Saerens et al. 2002, eq. 2.4). Own shares are those of its training
+    cells, one more of each class; what training drew goes by the counts over all sites.
+    """
+    own = np.bincount(data.y[data.train], minlength=len(spec.labels)) + 1.0
+    drawn = np.maximum(cells_per_label.astype(np.float64), 1.0)
+    if spec.training.class_balance == "inverse_sqrt":
+        drawn = np.sqrt(drawn)
+    model = build_model(spec)
+    load_state(model, parameters)
+    x = standardize(data.x, data.present, constants)[data.validation]
+    called = (predict_probabilities(model, x) * (own / drawn)).argmax(axis=1).astype(np.int64)
+    return compute_macro_f1(data.y[data.validation], called, classes=len(spec.labels))
 
 
 def train_alone(data: SiteData, seed: Arrays, spec: TrainedSpec, *, site: int, rounds: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from swarmchain.agreement import standardize
 from swarmchain.arena import open_arena
-from swarmchain.baselines import pool, predict, predict_linear, train_alone
+from swarmchain.baselines import pool, predict, predict_linear, score_at_home, train_alone
 from swarmchain.certify import Arrays
 from swarmchain.config import DataConfig
 from swarmchain.data import read_cells, read_names
@@ -103,13 +103,16 @@ class Test:
 
 @dataclass
 class Measured:
-    """Predictions on the held-out cells, by arm and seed, and what the sites see at home: (swarm, local) by seed."""
+    """Predictions on the held-out cells, by arm and seed, and what the sites see at home, by seed.
+
+    `home[site]` holds (swarm, local, swarm with the site's own shares of the classes).
+    """
 
     truth: Ints
     labels: tuple[str, ...]
     unknown: int
     predictions: dict[str, list[Ints]] = field(default_factory=dict)
-    home: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    home: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
     checkpoints: list[str] = field(default_factory=list)
     wall_s: dict[str, list[float]] = field(default_factory=dict)
 
@@ -246,7 +249,9 @@ def measure(measured: Measured, swarm: Swarm, test: Test, settings: Settings) ->
         here = score_checkpoint(alone, cells, spec)
         shared = swarm.scores.get(name)
         if here is not None and shared is not None:
-            measured.home.setdefault(name, []).append((shared, here))
+            own = shared if spec.model.local else score_at_home(swarm.tensors, data, swarm.counts, spec,
+                                                                constants=swarm.seed)
+            measured.home.setdefault(name, []).append((shared, here, own))
     # it has no seed; fitted again, since the panel is a seed's own by right
     measured.add("linear", predict_linear(pooled, swarm.seed, test.x))
 
@@ -291,10 +296,10 @@ def summarize(measured: Measured, swarms: Sequence[Swarm], settings: Settings, l
         for arm, values in scores.items()}
     arms["local_worst"]["site"] = worst.removeprefix(LOCAL)
     intervals, differences = _compute_intervals(measured, worst, settings)
-    home = {name: {"swarm": float(np.mean([s for s, _ in pairs])), "local": float(np.mean([h for _, h in pairs])),
-                   "difference": float(np.mean([s - h for s, h in pairs])),
+    home = {name: {**dict(zip(("swarm", "local", "swarm_own_shares"), np.mean(found, axis=0).tolist(), strict=True)),
+                   "difference": float(np.mean([shared - here for shared, here, _ in found])),
                    "cells": len(swarms[0].sites[name].validation)}
-            for name, pairs in measured.home.items()}
+            for name, found in measured.home.items()}
     spec = swarms[0].spec
     return {
         "format": FORMAT, "task": settings.task, "metric": "macro_f1", "dataset": settings.data.stem,

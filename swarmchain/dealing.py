@@ -142,6 +142,8 @@ def deal_splits(
         If table and cells do not fit: a column, a site, its cells or its labels are missing, a cell is named twice, a
         donor is on both sides.
     """
+    if not source.exists():
+        raise DataError(f"--data: {source} does not exist", hint="a folder with one .h5ad per site, or one .h5ad of all")
     is_folder = source.is_dir()
     table = _read_splits(splits, ("site", "cell", "split") if is_folder else ("cell", "split"))
     parts = _read_folder(source, table, splits) if is_folder else _read_file(source, table, splits, site_column)
@@ -277,9 +279,13 @@ def _look_up(table: pd.DataFrame, name: str, data: anndata.AnnData, path: Path) 
 
 
 def _read(path: Path) -> anndata.AnnData:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return anndata.read_h5ad(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return anndata.read_h5ad(path)
+    except Exception as exc:  # h5py and anndata raise a dozen kinds on a file that is none of theirs
+        reason = (str(exc) or type(exc).__name__).splitlines()[0]
+        raise DataError(f"cannot read {path}: {reason}", hint="an AnnData file (.h5ad) with named cells") from exc
 
 
 def _write(data: anndata.AnnData, path: Path) -> None:

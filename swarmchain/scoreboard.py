@@ -56,11 +56,11 @@ def _format_differences(found: Mapping[str, Any]) -> Table:
 
 def _format_home(found: Mapping[str, Any]) -> Table:
     table = _start("home against swarm: macro-F1 on own validation cells")
-    for head in ("site", "cells", "trained alone", "swarm", "gain"):
+    for head in ("site", "cells", "trained alone", "swarm", "gain", "swarm, own shares"):
         table.add_column(head, justify="left" if head == "site" else "right")
     for name, entry in found["home"].items():
         table.add_row(name, str(entry["cells"]), _number(entry["local"]), _number(entry["swarm"]),
-                      f"{entry['difference']:+.3f}")
+                      f"{entry['difference']:+.3f}", _number(entry["swarm_own_shares"]))
     return table
 
 

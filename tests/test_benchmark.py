@@ -184,6 +184,15 @@ def test_invalid_site_column(tmp_path: Path) -> None:
     assert "cell_type" in caught.value.hint
 
 
+@pytest.mark.parametrize("kind", ["missing", "no AnnData"])
+def test_invalid_data_file(tmp_path: Path, kind: str) -> None:
+    _, table = deal_counts(tmp_path)
+    if kind != "missing":
+        (tmp_path / "all.h5ad").write_bytes(b"nothing of the kind")
+    with pytest.raises(DataError, match="all.h5ad"):
+        run_benchmark(Settings(data=tmp_path / "all.h5ad", splits=table))
+
+
 def test_invalid_leave_one_out_of_two_sites(tmp_path: Path) -> None:
     cells, table = deal_counts(tmp_path, sites=2)
     with pytest.raises(ConfigError, match="leaves one site of two"):

@@ -241,7 +241,7 @@ def test_invalid_score_for_three_labels() -> None:
 
 def test_statistics_count_training_samples() -> None:
     data = select_cells(make_cells(), make_spec())
-    sums = compute_statistics(data, labels=2)
+    sums = compute_statistics(data, make_spec())
     assert sums["samples_per_label"].tolist() == [7, 7]
     assert sums["cells_per_label"].tolist() == [84, 84]
 

@@ -11,9 +11,9 @@ from swarmchain.cli.common import example, interrupt_on_signals, print_json
 
 
 @click.command(epilog=example("swarmchain benchmark --data cells --splits splits.csv --seeds 3 --out benchmark"))
-@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True,
+@click.option("--data", type=click.Path(path_type=Path), required=True,
               help="A folder with one .h5ad per site, or one .h5ad of all.")
-@click.option("--splits", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=True,
+@click.option("--splits", type=click.Path(path_type=Path, dir_okay=False), required=True,
               help="A table with the columns cell and split (train or test), and site with a folder.")
 @click.option("--task", type=click.Choice(["cell_type"]), default="cell_type", show_default=True,
               help="What is learned.")
