@@ -33,9 +33,16 @@ class ChainConfig(Strict):
 
 
 class StoreConfig(Strict):
-    """Where blobs are shared: a folder or any fsspec URL."""
+    """Where blobs are shared: a folder or any fsspec URL.
+
+    `options_file` is a TOML file with credentials and endpoint, readable by its owner only; `profile` names one of
+    the standard AWS files' profiles. `keep_rounds` is what `store prune` leaves of each run; None for everything.
+    """
 
     url: str
+    profile: str | None = None
+    options_file: str | None = None
+    keep_rounds: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
 
 class KeysConfig(Strict):
@@ -159,6 +166,8 @@ def require_paths(config: SiteConfig) -> None:
         named["data.path"] = config.data.path
     if "://" not in config.store.url:
         named["store.url"] = config.store.url
+    if config.store.options_file is not None:
+        named["store.options_file"] = config.store.options_file
     for key, path in named.items():
         if not config.resolve(path).exists():
             raise ConfigError(
@@ -236,6 +245,12 @@ timeout_s = 10.0
 [store]
 # a folder that all sites see, or an fsspec URL such as s3://bucket/prefix
 url = {store}
+# credentials and endpoint, never in this file: a TOML file of mode 600, or a profile of the AWS files, or
+# AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL in the environment; see docs/store.md
+# options_file = "store.toml"
+# profile = "swarm"
+# rounds of each run that `swarmchain store prune` leaves; without it everything stays
+# keep_rounds = 20
 
 [keys]
 # encrypted; who has it and its password signs for the site

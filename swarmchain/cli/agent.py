@@ -28,13 +28,13 @@ def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
 
     from swarmchain.agent import Agent
     from swarmchain.site import open_site
-    from swarmchain.store import Store
+    from swarmchain.store import open_store
 
     def log(event: dict[str, Any]) -> None:
         click.echo(json.dumps({"time": round(time.time(), 3), **event}) if as_json else describe_event(event))
 
     with lock_keystore(path), open_site(config, unlock(config)) as site:
-        store = Store(config.store_url)
+        store = open_store(config)
         store.require_writable()
         log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
              "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})

@@ -83,10 +83,10 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
     from swarmchain.merging import parse_merge
     from swarmchain.planning import plan_cell_type, read_statistics
     from swarmchain.spec import Limits, Training, encode_spec
-    from swarmchain.store import Store
+    from swarmchain.store import open_store
 
     config = load(site_file)
-    store = Store(config.store_url)
+    store = open_store(config)
     view = connect(config).view_run(source)
     spec, blob = plan_cell_type(
         read_statistics(store, view), view, name=name, sites_per_feature_min=features_at,
@@ -144,7 +144,7 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
     """Put a spec into the store and its digest on chain. It binds nobody until they join, the proposer included."""
     from swarmchain.site import open_site
     from swarmchain.spec import encode_spec, parse_spec
-    from swarmchain.store import Store
+    from swarmchain.store import open_store
 
     config = load(site_file)
     try:
@@ -153,7 +153,7 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
         raise ConfigError(f"cannot read {spec_file}: {exc.strerror}", hint="`swarmchain run new` writes one") from exc
     terms = Terms(commit_window, vote_window, sites_min, round(quorum * 10_000))
     with open_site(config, unlock(config)) as site:
-        digest = Store(config.store_url).put_blob(encode_spec(spec))
+        digest = open_store(config).put_blob(encode_spec(spec))
         number = site.contract.propose_run(site.signer, spec=digest, terms=terms)
     if as_json:
         print_json({"run": number, "spec": digest})
@@ -167,14 +167,14 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
 def join(number: int, site_file: Path) -> None:
     """Give this site's consent to a run, after checking that its data satisfy the spec."""
     from swarmchain.site import open_site
-    from swarmchain.store import Store
+    from swarmchain.store import open_store
     from swarmchain.work import check_run
 
     config = load(site_file)
     with open_site(config, unlock(config)) as site:
         contract = site.contract
         view = contract.view_run(number)
-        spec = check_run(config, Store(config.store_url), view, site=site.index, view_run=contract.view_run)
+        spec = check_run(config, open_store(config), view, site=site.index, view_run=contract.view_run)
         contract.join_run(site.signer, number)
     click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
@@ -184,11 +184,11 @@ def join(number: int, site_file: Path) -> None:
 @json_option
 def list_runs(site_file: Path, as_json: bool) -> None:
     """The consortium's runs."""
-    from swarmchain.store import Store, read_spec
+    from swarmchain.store import open_store, read_spec
 
     config = load(site_file)
     contract = connect(config)
-    store = Store(config.store_url)
+    store = open_store(config)
     rows: list[dict[str, Any]] = []
     for number in range(1, contract.get_run_count() + 1):
         view = contract.view_run(number)
@@ -215,13 +215,13 @@ def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
     from swarmchain.layouts import checkpoint_layout
     from swarmchain.protocol import MANIFEST_BYTES_MAX
     from swarmchain.spec import encode_spec
-    from swarmchain.store import Store, read_spec
+    from swarmchain.store import open_store, read_spec
 
     config = load(site_file)
     view = connect(config).view_run(number)
     if not view.finalized_round:
         raise SpecError(f"run {number} has no checkpoint yet", hint="`swarmchain status` shows how far it is")
-    store = Store(config.store_url)
+    store = open_store(config)
     spec = read_spec(store, view.spec)
     size = compute_size(checkpoint_layout(spec))
     write_file(out / "model.safetensors", store.get_blob(view.checkpoint, bytes_max=size))
