@@ -15,14 +15,23 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.session
 from botocore.awsrequest import AWSResponse
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
@@ -36,7 +45,7 @@ ANSWER_BYTES_MAX = 4 << 20
 RANGE = 8 << 20
 PART = 16 << 20  # Amazon takes 10,000 parts of at least 5 MiB
 RATE_MIN = 16 << 10  # bytes a second: what is slower is as good as silent
-LIST_PAGES_MAX = 10_000
+PAGES_SPARE = 100
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 _MISSING = {"404", "NoSuchKey", "NotFound"}
@@ -89,7 +98,7 @@ class S3Objects:
         self._link = link
         if not _BUCKET.fullmatch(bucket := root.partition("/")[0]):
             raise StoreError(f"{bucket!r} is no name of a bucket", hint="[store] url is s3://bucket/prefix")
-        session = botocore.session.Session(profile=profile)
+        session = _open_session(profile)
         # no checksums that older servers refuse: every blob is hashed by us
         config = Config(signature_version="s3v4", retries={"total_max_attempts": 1, "mode": "standard"},
                         request_checksum_calculation="when_required", response_checksum_validation="when_required")
@@ -189,10 +198,13 @@ class S3Objects:
         """All objects below a path, page by page."""
         bucket, prefix = path.split("/", 1)
         about: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/"}
-        count = 0
-        for _ in range(LIST_PAGES_MAX):
+        count = pages = 0
+        # a server that gives page after page with nothing on it has no end
+        while (pages := pages + 1) <= PAGES_SPARE + count // 100:
             page = self._ask("list", path, lambda: self._client.list_objects_v2(**about))
             for item in page.get("Contents", ()):
+                if not item["Key"].startswith(about["Prefix"]):
+                    continue
                 require_countable(path, count := count + 1)
                 yield Found(f"{bucket}/{item['Key']}", int(item["Size"]), item["LastModified"].timestamp())
             if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
@@ -257,7 +269,10 @@ class S3Objects:
             except (NoCredentialsError, PartialCredentialsError) as exc:
                 raise StoreError(f"no credentials for {self._url}", hint="set AWS_ACCESS_KEY_ID and "
                                  "AWS_SECRET_ACCESS_KEY, or [store] options_file; docs/store.md") from exc
-            except (HTTPClientError, HTTPError, OSError) as exc:
+            except SSLError as exc:
+                raise StoreError(f"the certificate of {self._url} is not trusted, or it speaks no TLS",
+                                 hint="ca_file in [store] options_file, or AWS_CA_BUNDLE, names the authority") from exc
+            except (BotoConnectionError, HTTPClientError, IncompleteReadError, HTTPError, OSError) as exc:
                 raise StoreUnreachable(f"cannot {verb} {describe(path)}: {self._url} does not answer",
                                        hint="is it up, and does the network reach it?") from exc
             except (BotoCoreError, ValueError, KeyError, TypeError) as exc:
@@ -317,6 +332,12 @@ class _Raw(io.BytesIO):
     def stream(self, **_: Any) -> Iterator[bytes]:
         while part := self.read(64 << 10):
             yield part
+
+
+@cache
+def _open_session(profile: str | None) -> Any:
+    """One for all: it reads the description of S3 only once."""
+    return botocore.session.Session(profile=profile)
 
 
 def _name(path: str) -> dict[str, str]:
