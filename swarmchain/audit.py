@@ -30,6 +30,7 @@ from swarmchain.errors import (
 from swarmchain.layouts import contribution_layout
 from swarmchain.protocol import Manifest, Outcome, RoundKey, RunView
 from swarmchain.replay import read_history, rebuild
+from swarmchain.retention import read_pruned
 from swarmchain.rules import Replica, Round
 from swarmchain.spec import CellTypeSpec, RehearsalSpec, Spec, StatisticsSpec
 from swarmchain.spool import Spool
@@ -171,6 +172,7 @@ class _Replay:
         self.spec: Spec | None = None
         self.parent: tuple[str, Arrays] = (NO_PARENT, {})
         self.rejections = 0
+        self.pruned = read_pruned(store, record.key_of(audit.run, 0))
         self.sound: set[str] = set()
         self.named: dict[str, str] = {self.run.spec: "the spec"}
 
@@ -220,6 +222,9 @@ class _Replay:
             found.accepting = self._names(round_.accepting(result.checkpoint, result.manifest))
             self._check_finalized(found, round_, key)
             self.rejections = 0
+            if found.findings and number < self.pruned:
+                found.remarks.append(f"the store says that it was pruned before round {self.pruned}: what is missing "
+                                     "may have gone there; an audit that was made before then stands")
         else:
             self.rejections += outcome is Outcome.REJECTED
             for site, commitment in sorted(round_.commitments.items()):

@@ -321,6 +321,11 @@ def describe(path: str) -> str:
     return f"{'opening' if kind == 'openings' else 'blob'} {name[:12]}…" if len(name) == 64 else name
 
 
+def first_line(exc: BaseException) -> str:
+    """What a foreign error says, on one line."""
+    return (str(exc) or type(exc).__name__).splitlines()[0]
+
+
 def _no_file(path: str) -> StoreError:
     return StoreError(f"{describe('/' + path)} in the store is a link, a device or a pipe, and not a file",
                       hint="remove it: nobody needs to put one there")

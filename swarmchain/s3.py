@@ -299,6 +299,9 @@ class S3Objects:
         if urlsplit(request.url).netloc not in self._hosts:
             raise StoreError(f"the store {self._url} leads to another host: not followed",
                              hint="correct endpoint_url or the region")
+        # to ask first whether a body is welcome takes longer than to send it; the header is not signed
+        if "Expect" in request.headers:
+            del request.headers["Expect"]
         wants_stream, request.stream_output = request.stream_output, True
         answer = self._http.send(request)
         if 300 <= answer.status_code < 400:

@@ -11,37 +11,33 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import re
 import threading
-import tomllib
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy.typing as npt
-from pydantic import ValidationError
 
+from swarmchain.backends import open_objects, read_options
 from swarmchain.checkpoint import Buffer, compute_size, decode_tensors
 from swarmchain.config import SiteConfig
-from swarmchain.errors import BlobMissing, ConfigError, StoreError, StoreFull, StoreUnreachable, SwarmError
+from swarmchain.errors import BlobMissing, StoreError, StoreFull, StoreUnreachable, SwarmError
 from swarmchain.layouts import checkpoint_layout
-from swarmchain.objects import PATIENT, FolderObjects, Found, FsspecObjects, Link, Objects, describe
+from swarmchain.objects import PATIENT, FolderObjects, Found, FsspecObjects, Link, describe, first_line
 from swarmchain.protocol import (
     MANIFEST_BYTES_MAX,
     OPENING_BYTES_MAX,
     Manifest,
     compute_digest,
-    first_problem,
     parse_manifest,
 )
 from swarmchain.spec import SPEC_BYTES_MAX, Spec, parse_spec
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_NOTE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,127}")
 # What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -73,7 +69,7 @@ class Store:
         self.bytes_down = 0
         self._link = link
         self._count = threading.Lock()
-        self._objects = _open_objects(url, options or {}, profile=profile, link=link)
+        self._objects = open_objects(url, options or {}, profile=profile, link=link)
         self._root = self._objects.root
         self._is_folder = isinstance(self._objects, FolderObjects)
 
@@ -208,6 +204,14 @@ class Store:
         """Whether something lies under this commitment."""
         return self._exists(self._opening_path(commitment))
 
+    def put_note(self, name: str, data: bytes) -> None:
+        """Leave a small file that nothing is proven by, under a name of our own making."""
+        self._write(f"{self._root}/{_require_note(name)}", data)
+
+    def get_note(self, name: str, *, bytes_max: int) -> bytes:
+        """Fetch such a file. Raises as `get_blob` does, but for its digest."""
+        return self._read(f"{self._root}/{_require_note(name)}", bytes_max=bytes_max)
+
     def require_writable(self) -> None:
         """Write, read back and remove a small file.
 
@@ -293,7 +297,7 @@ class Store:
             if not isinstance(self._objects, FsspecObjects):
                 raise
             # a kind of store that we do not know has errors that we do not know
-            raise StoreUnreachable(f"cannot {verb} {where}: {_first_line(exc)}",
+            raise StoreUnreachable(f"cannot {verb} {where}: {first_line(exc)}",
                                    hint="is it up, and are its options right?") from exc
 
     @staticmethod
@@ -303,8 +307,8 @@ class Store:
         if exc.errno == errno.ELOOP:
             return StoreError(f"{what}: it is a link", hint="remove it: a store's links are not followed")
         if exc.errno in _FULL:
-            return StoreFull(f"{what}: {_first_line(exc)}", hint="free space in the store")
-        return StoreUnreachable(f"{what}: {_first_line(exc)}", hint="is it up, and does the network reach it?")
+            return StoreFull(f"{what}: {first_line(exc)}", hint="free space in the store")
+        return StoreUnreachable(f"{what}: {first_line(exc)}", hint="is it up, and does the network reach it?")
 
 
 def open_store(config: SiteConfig, *, link: Link = PATIENT) -> Store:
@@ -318,7 +322,7 @@ def open_store(config: SiteConfig, *, link: Link = PATIENT) -> Store:
         As `Store` does.
     """
     named = config.store.options_file
-    options = {} if named is None else _read_options(config.resolve(named))
+    options = {} if named is None else read_options(config.resolve(named))
     return Store(config.store_url, options=options, profile=config.store.profile, link=link)
 
 
@@ -338,57 +342,6 @@ def read_checkpoint(store: Store, digest: str, spec: Spec) -> dict[str, npt.NDAr
     return decode_tensors(store.get_blob(digest, bytes_max=compute_size(layout)), layout)
 
 
-def _open_objects(url: str, options: dict[str, Any], *, profile: str | None, link: Link) -> Objects:
-    kind = url.partition("://")[0] if "://" in url else "file"
-    if "://" in url and urlsplit(url).password is not None:
-        raise StoreError(f"the URL of the store {kind}://… holds a password",
-                         hint="take it out: [store] options_file is the place for it; docs/store.md")
-    if kind == "s3":
-        from swarmchain.s3 import S3Objects, S3Options  # botocore takes its time
-
-        try:
-            found = S3Options.model_validate(options)
-        except ValidationError as exc:
-            raise ConfigError(f"[store] options_file: {first_problem(exc)}", hint="docs/store.md lists the keys"
-                              ) from exc
-        return S3Objects(url.removeprefix("s3://").strip("/"), found, profile=profile, link=link)
-    return _open_fsspec(url, kind, options, link)
-
-
-def _open_fsspec(url: str, kind: str, options: dict[str, Any], link: Link) -> Objects:
-    if kind in ("file", "local"):
-        root = str(Path(url.removeprefix(f"{kind}://")).absolute())
-        if not Path(root).is_dir():
-            raise StoreError(f"store {url} is no folder", hint="create it, or mount it, and make it writable")
-        return FolderObjects(root.rstrip("/"))
-    import fsspec
-
-    try:
-        fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
-    except (ImportError, ValueError) as exc:
-        raise StoreError(
-            f"store {url}: {_first_line(exc)}", hint="check the URL, or install the fsspec package for it"
-        ) from exc
-    except Exception as exc:
-        raise StoreUnreachable(f"store {url}: {_first_line(exc)}", hint="is it up, and are its options right?"
-                               ) from exc
-    return FsspecObjects(fs, root.rstrip("/"), link=link)
-
-
-def _read_options(path: Path) -> dict[str, Any]:
-    try:
-        if os.name == "posix" and path.stat().st_mode & 0o077:
-            raise ConfigError(f"{path} is readable by others", hint=f"chmod 600 {path}")
-        options = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(f"cannot read [store] options_file {path}: {exc.strerror}", hint="docs/store.md shows one"
-                          ) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        # without its text: that is where the secrets are
-        raise ConfigError(f"{path} is not TOML", hint="docs/store.md shows one") from exc
-    return options
-
-
 def _require_hex(digest: str) -> str:
     """Digests become paths: nothing but 64 hex digits may."""
     if not _HEX64.fullmatch(digest):
@@ -396,5 +349,7 @@ def _require_hex(digest: str) -> str:
     return digest
 
 
-def _first_line(exc: BaseException) -> str:
-    return (str(exc) or type(exc).__name__).splitlines()[0]
+def _require_note(name: str) -> str:
+    if not _NOTE.fullmatch(name):
+        raise StoreError(f"{name!r} is no name of a note")
+    return name

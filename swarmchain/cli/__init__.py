@@ -14,6 +14,7 @@ from swarmchain.cli.demo import demo
 from swarmchain.cli.run import run
 from swarmchain.cli.site import site
 from swarmchain.cli.status import status
+from swarmchain.cli.store import store
 from swarmchain.errors import SwarmError
 
 EPILOG = ("Exit codes: 0 done, 1 something to mend, 2 wrong usage, 3 chain or store unreachable (try again), "
@@ -26,7 +27,7 @@ def cli() -> None:
     """Hospitals train one single-cell model together: no data shared, no one in charge, every merge verifiable."""
 
 
-for command in (demo, devchain, deploy, site, run, agent, status):
+for command in (demo, devchain, deploy, site, run, agent, status, store):
     cli.add_command(command)
 
 
