@@ -2,6 +2,7 @@
 
     blobs/<first two hex digits>/<sha256>     specs, checkpoints, contributions, manifests
     openings/<commitment>                     named by the commitment, which authenticates them
+    sealed/<sha256 of the plaintext>          envelopes; what they speak of is a blob like any other (see `sealing`)
 
 The store is not trusted: every read is size-limited and hashed again. Every write is whole or not at all. How bytes
 come and go is told in `objects` and `s3`.
@@ -85,6 +86,10 @@ class Store:
             self._write(path, data)
         return digest
 
+    def put_public(self, data: Buffer) -> str:
+        """Store what everyone may read, a spec or a manifest: the same as `put_blob`, unless blobs are sealed."""
+        return self.put_blob(data)
+
     def get_blob(self, digest: str, *, bytes_max: int) -> bytes:
         """Fetch a blob and hash it again.
 
@@ -156,9 +161,9 @@ class Store:
         return sorted({name for path in found if _HEX64.fullmatch(name := path.rsplit("/", 1)[-1])})
 
     def list_all(self) -> dict[tuple[str, str], Found]:
-        """Everything that is named as blobs and openings are: ("blobs" or "openings", name) → what it is."""
+        """Everything that is named as it should be: ("blobs", "openings" or "sealed", name) → what it is."""
         found: dict[tuple[str, str], Found] = {}
-        for kind in ("blobs", "openings"):
+        for kind in ("blobs", "openings", "sealed"):
             root = f"{self._root}/{kind}"
             for item in self._call(root, "list", lambda where=root: list(self._objects.list(where))):
                 name = item.path.rsplit("/", 1)[-1]
@@ -204,6 +209,18 @@ class Store:
         """Whether something lies under this commitment."""
         return self._exists(self._opening_path(commitment))
 
+    def put_envelope(self, digest: str, data: bytes) -> None:
+        """Put an envelope under the digest of the plaintext, also where another lies there."""
+        self._write(self._envelope_path(digest), data)
+
+    def get_envelope(self, digest: str, *, bytes_max: int) -> bytes:
+        """Fetch the envelope of a plaintext; the caller believes nothing of it. Raises as `get_blob` does."""
+        return self._read(self._envelope_path(digest), bytes_max=bytes_max)
+
+    def has_envelope(self, digest: str) -> bool:
+        """Whether something lies there."""
+        return self._exists(self._envelope_path(digest))
+
     def put_note(self, name: str, data: bytes) -> None:
         """Leave a small file that nothing is proven by, under a name of our own making."""
         self._write(f"{self._root}/{_require_note(name)}", data)
@@ -234,13 +251,16 @@ class Store:
         )
 
     def _path(self, kind: str, name: str) -> str:
-        return self._blob_path(name) if kind == "blobs" else self._opening_path(name)
+        return self._blob_path(name) if kind == "blobs" else f"{self._root}/{kind}/{_require_hex(name)}"
 
     def _blob_path(self, digest: str) -> str:
         return f"{self._root}/blobs/{_require_hex(digest)[:2]}/{digest}"
 
     def _opening_path(self, commitment: str) -> str:
         return f"{self._root}/openings/{_require_hex(commitment)}"
+
+    def _envelope_path(self, digest: str) -> str:
+        return f"{self._root}/sealed/{_require_hex(digest)}"
 
     def _exists(self, path: str) -> bool:
         return bool(self._call(path, "look for", self._objects.exists, path))
