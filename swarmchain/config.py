@@ -46,9 +46,13 @@ class StoreConfig(Strict):
 
 
 class KeysConfig(Strict):
-    """The site's key; the password comes from `SWARMCHAIN_PASSWORD`, this file, or a prompt."""
+    """The site's keys; their password comes from `SWARMCHAIN_PASSWORD`, this file, or a prompt.
+
+    Without a `seal_key` contributions and checkpoints are not sealed.
+    """
 
     keystore: str
+    seal_key: str | None = None
     password_file: str | None = None
 
 
@@ -162,6 +166,8 @@ def require_paths(config: SiteConfig) -> None:
     named = {"chain.deployment": config.chain.deployment, "keys.keystore": config.keys.keystore}
     if config.keys.password_file is not None and "SWARMCHAIN_PASSWORD" not in os.environ:
         named["keys.password_file"] = config.keys.password_file
+    if config.keys.seal_key is not None:
+        named["keys.seal_key"] = config.keys.seal_key
     if config.data is not None:
         named["data.path"] = config.data.path
     if "://" not in config.store.url:
@@ -255,6 +261,8 @@ url = {store}
 [keys]
 # encrypted; who has it and its password signs for the site
 keystore = {keystore}
+# under the same password: opens what is sealed to the site, and seals its contributions; without it nothing is sealed
+{seal_line}
 # else SWARMCHAIN_PASSWORD in the environment, or a prompt
 {password_line}
 
@@ -299,6 +307,7 @@ def render_site_toml(
     data: str | None = None,
     label_column: str = "",
     keystore: str = "keystore.json",
+    seal_key: str | None = None,
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
     poll_s: float = 0.5,
@@ -309,10 +318,12 @@ def render_site_toml(
     password = f"password_file = {quote(password_file)}" if password_file else (
         '# password_file = "password.txt"'
     )
+    seal = f"seal_key = {quote(seal_key)}" if seal_key else '# seal_key = "seal-key.json"'
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     section = "" if data is None else DATA_TOML.format(
         data=quote(data), label_column=quote(label_column), label_map=lines)
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
-        keystore=quote(keystore), password_line=password, data_section=section, poll_s=poll_s, stagger_s=stagger_s,
+        keystore=quote(keystore), password_line=password, seal_line=seal, data_section=section, poll_s=poll_s,
+        stagger_s=stagger_s,
     )

@@ -9,7 +9,8 @@ the contract's runs do not name is never touched.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from swarmchain.certify import open_commitment
 from swarmchain.chain import Event, SwarmContract
 from swarmchain.errors import OpeningError, SpecError, StoreError
 from swarmchain.protocol import Phase, RoundKey, RunView, Strict, encode_canonical
+from swarmchain.sealing import ENVELOPE_BYTES_MAX, parse_envelope
 from swarmchain.store import Store, read_manifest, read_spec
 
 Name = tuple[str, str]
@@ -92,12 +94,15 @@ def plan_pruning(contract: SwarmContract, store: Store, *, keep_rounds: int) -> 
     runs = [_read_named(contract, store, run) for run in range(1, contract.get_run_count() + 1)]
     kept = set[Name]().union(*(named.find_kept(keep_rounds) for named in runs))
     there = store.list_all()
+    kept |= _find_sealed(store, kept, there)
     plans = []
     for named in runs:
         plan = RunPruning(named.view.run, named.first_kept(keep_rounds))
         for round_id, names in sorted(named.by_round.items()):
             if round_id < plan.before_round:
-                plan.doomed |= {name: there[name].size for name in sorted(names - kept) if name in there}
+                gone = names - kept
+                gone |= _find_sealed(store, gone, there) - kept
+                plan.doomed |= {name: there[name].size for name in sorted(gone) if name in there}
         plans.append(plan)
     return plans
 
@@ -109,7 +114,7 @@ def prune(contract: SwarmContract, store: Store, plans: Sequence[RunPruning]) ->
             continue
         note = Note(before_round=plan.before_round)
         store.put_note(_note_name(contract.key_of(plan.run, 0)), encode_canonical(note))
-        # blobs first: it is the openings that tell which ones they are, should this be cut short
+        # blobs first, then openings, then envelopes: the later tell what the earlier are, should this be cut short
         for kind, name in sorted(plan.doomed):
             store.remove(kind, name)
 
@@ -120,6 +125,19 @@ def read_pruned(store: Store, key: RoundKey) -> int:
         return Note.model_validate_json(store.get_note(_note_name(key), bytes_max=NOTE_BYTES_MAX)).before_round
     except (StoreError, ValidationError):
         return 0
+
+
+def _find_sealed(store: Store, names: set[Name], there: Collection[Name]) -> set[Name]:
+    """Envelopes of blobs of these names, and the ciphertexts that they speak of."""
+    found: set[Name] = set()
+    for kind, digest in names:
+        if kind != "blobs" or ("sealed", digest) not in there:
+            continue
+        found.add(("sealed", digest))
+        with suppress(StoreError):
+            envelope = parse_envelope(store.get_envelope(digest, bytes_max=ENVELOPE_BYTES_MAX), digest)
+            found.add(("blobs", envelope.ciphertext))
+    return found
 
 
 def _note_name(key: RoundKey) -> str:

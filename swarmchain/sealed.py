@@ -135,6 +135,10 @@ class SealedStore(_Opening):
         """Store `data` in the clear, once: a spec or a manifest."""
         return Store.put_blob(self, data)
 
+    def restore_public(self, data: Buffer) -> str:
+        """As `Store.restore_blob`: in the clear."""
+        return Store.restore_blob(self, data)
+
     def restore_blob(self, data: Buffer, *, digest: str = "") -> str:
         """Seal `data` even where something else lies in its place."""
         digest = digest or compute_digest(data)
@@ -146,8 +150,8 @@ class SealedStore(_Opening):
             self._seal(data, digest)
         return digest
 
-    def welcome(self, digest: str) -> None:
-        """See that every member can open a blob that this site can open.
+    def welcome(self, digest: str, *, also: Collection[str] = ()) -> None:
+        """See that every member, and whoever has one of the keys `also`, can open a blob that this site can open.
 
         Raises
         ------
@@ -155,7 +159,7 @@ class SealedStore(_Opening):
             If this site cannot, or the blob is not there.
         """
         envelope = self._read_envelope(digest)
-        self._put_right(envelope, self._get_content_key(envelope))
+        self._put_right(envelope, self._get_content_key(envelope), also={key for key in also if is_usable(key)})
 
     def disclose(self, digests: Iterable[str], run: RoundKey, *, to: str) -> bytes:
         """Content keys of sealed blobs of one run, sealed to an auditor's public key (hex); see `DisclosedStore`.
@@ -195,9 +199,9 @@ class SealedStore(_Opening):
     def _find_members(self) -> set[str]:
         return {key for key in self._members() if is_usable(key)}
 
-    def _put_right(self, envelope: Envelope, content_key: bytes) -> None:
+    def _put_right(self, envelope: Envelope, content_key: bytes, *, also: Collection[str] = ()) -> None:
         """Give members whose box is missing or wrong the right one; boxes of others stay as they are."""
-        wrong = find_wrong(envelope, content_key, self._find_members())
+        wrong = find_wrong(envelope, content_key, {*self._find_members(), *also})
         if not wrong:
             return
         kept = [box for box in envelope.boxes if box.key not in wrong][: RECIPIENTS_MAX - len(wrong)]

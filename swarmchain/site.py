@@ -55,19 +55,21 @@ def open_site(config: SiteConfig, signer: Signer) -> Iterator[Site]:
         yield Site(config, signer, contract, journal, outbox, index)
 
 
-def find_seal_keys(contract: SwarmContract, run: int) -> frozenset[str]:
+def find_seal_keys(contract: SwarmContract, run: int | None) -> frozenset[str]:
     """Public keys of the sites that may read what is put into a run from now on.
 
-    Those that have joined it or are members of its newest round, unless the consortium has removed them.
+    Those that have joined it or are members of its newest round, unless the consortium has removed them; without a run
+    all sites of the consortium: what they must see before they join.
     """
-    view = contract.view_run(run)
-    reading = view.joined | view.members
-    return frozenset(site.seal_key for site in contract.get_sites()
-                     if site.active and site.seal_key and site.site in reading)
+    sites = [site for site in contract.get_sites() if site.active and site.seal_key]
+    if run is not None:
+        view = contract.view_run(run)
+        sites = [site for site in sites if site.site in view.joined | view.members]
+    return frozenset(site.seal_key for site in sites)
 
 
-def seal_store(store: Store, key: SealKey, contract: SwarmContract, run: int) -> SealedStore:
-    """A store that seals what it is given to the run's members, as of the chain's newest block."""
+def seal_store(store: Store, key: SealKey, contract: SwarmContract, run: int | None) -> SealedStore:
+    """A store that seals what it is given to those whom `find_seal_keys` finds at the chain's newest block."""
     known: dict[int, frozenset[str]] = {}
 
     def find_members() -> frozenset[str]:

@@ -191,6 +191,10 @@ class Store:
             self._write(self._blob_path(digest), data)
         return digest
 
+    def restore_public(self, data: Buffer) -> str:
+        """As `restore_blob`, for what everyone may read."""
+        return self.restore_blob(data)
+
     def put_opening(self, commitment: str, data: bytes) -> None:
         """Disclose an opening under its commitment, also where anyone has put something else there."""
         path = self._opening_path(commitment)

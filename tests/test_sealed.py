@@ -13,16 +13,18 @@ from test_audit import Play
 
 from swarmchain.audit import audit_run, read_record
 from swarmchain.certify import gather_one
+from swarmchain.consortium import start_consortium
 from swarmchain.errors import ConfigError, KeystoreError, NotRecipient, StoreError
 from swarmchain.keys import SealKey, create_seal_key, open_seal_key, read_seal_public
 from swarmchain.layouts import contribution_layout
 from swarmchain.protocol import Change, RoundKey, compute_digest
+from swarmchain.retention import plan_pruning, prune
 from swarmchain.sealed import DisclosedStore, SealedStore, open_disclosure
 from swarmchain.sealing import parse_envelope
 from swarmchain.site import find_seal_keys, seal_store
 from swarmchain.spec import Limits, RehearsalSpec
 from swarmchain.spool import Spool
-from swarmchain.store import Store
+from swarmchain.store import Store, read_checkpoint
 
 HERE = RoundKey(31337, "0x" + "1" * 40, 1, 1)
 KEYS = [SealKey(bytes([i + 1]) * 32) for i in range(4)]
@@ -271,3 +273,36 @@ def test_invalid_disclosure(tmp_path: Path, members: Members) -> None:
     other = north.put_blob(b"not disclosed")
     with pytest.raises(NotRecipient, match="was not disclosed"):
         disclosed.get_blob(other, bytes_max=20)
+
+
+def test_sealed_swarm_of_real_agents_ends_with_one_checkpoint(tmp_path: Path) -> None:
+    """Three processes over a sealed store: nothing that was trained lies there in the clear."""
+    with start_consortium(tmp_path, {f"site-{i}": None for i in range(3)}, seed=1) as swarm:
+        for site in swarm.sites:
+            password = (site.folder / "password.txt").read_text().strip()
+            create_seal_key(site.folder / "seal-key.json", password, is_cheap=True)
+            text = site.toml.read_text()
+            site.toml.write_text(text.replace('# seal_key = "seal-key.json"', 'seal_key = "seal-key.json"'))
+        spec = RehearsalSpec(name="sealed", widths=(40, 30), limits=Limits(rounds=3, sites_to_start=3))
+        run = swarm.propose(spec)
+        swarm.start_agents([run])
+        events: list[dict[str, Any]] = []
+        swarm.follow(lambda _, event: events.append(event), timeout_s=120)
+        view = swarm.contract.view_run(run)
+        assert view.finalized_round == 3
+        assert {e["checkpoint"] for e in events if e["event"] == "ended"} == {view.checkpoint}
+        assert not swarm.store.has_blob(view.checkpoint) and swarm.store.has_envelope(view.checkpoint)
+        assert not any(b'"F32"' in path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file())
+        assert all(len(record.seal_key) == 64 for record in swarm.contract.get_sites())
+        password = (swarm.sites[2].folder / "password.txt").read_text().strip()
+        key = open_seal_key(swarm.sites[2].folder / "seal-key.json", password)
+        member = seal_store(swarm.store, key, swarm.contract, run)
+        assert read_checkpoint(member, view.checkpoint, spec)
+        said = "".join(path.read_text() for site in swarm.sites for path in (site.log, site.errors))
+        assert password not in said and key.derive_content_key("x", "y").hex() not in said
+        # pruning takes envelopes and ciphertexts along
+        before = set(swarm.store.list_all())
+        prune(swarm.contract, swarm.store, plan_pruning(swarm.contract, swarm.store, keep_rounds=1))
+        gone = before - set(swarm.store.list_all())
+        assert sum(kind == "sealed" for kind, _ in gone) == 7 and sum(kind == "blobs" for kind, _ in gone) >= 7
+        assert read_checkpoint(member, view.checkpoint, spec)

@@ -8,7 +8,19 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.common import (
+    ask_password,
+    connect,
+    example,
+    json_option,
+    load,
+    open_sealed,
+    print_json,
+    site_option,
+    unlock,
+    unlock_keystore,
+    unlock_seal_key,
+)
 from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
@@ -83,11 +95,12 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
     from swarmchain.merging import parse_merge
     from swarmchain.planning import plan_cell_type, read_statistics
     from swarmchain.spec import Limits, Training, encode_spec
-    from swarmchain.store import open_store
 
     config = load(site_file)
-    store = open_store(config)
-    view = connect(config).view_run(source)
+    contract = connect(config)
+    # every site must be able to read both before it joins
+    store = open_sealed(config, contract, None, unlock_seal_key(config))
+    view = contract.view_run(source)
     spec, blob = plan_cell_type(
         read_statistics(store, view), view, name=name, sites_per_feature_min=features_at,
         limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
@@ -166,15 +179,21 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
 @site_option
 def join(number: int, site_file: Path) -> None:
     """Give this site's consent to a run, after checking that its data satisfy the spec."""
-    from swarmchain.site import open_site
-    from swarmchain.store import open_store
+    from swarmchain.keys import find_password
+    from swarmchain.site import open_site, publish_seal_key
     from swarmchain.work import check_run
 
     config = load(site_file)
-    with open_site(config, unlock(config)) as site:
+    path = config.resolve(config.keys.keystore)
+    password = ask_password(path, find_password(config))
+    seal_key = unlock_seal_key(config, password)
+    with open_site(config, unlock_keystore(path, password)) as site:
         contract = site.contract
+        if seal_key is not None:
+            publish_seal_key(site, seal_key)  # first: what is sealed to this site is sealed to this key
         view = contract.view_run(number)
-        spec = check_run(config, open_store(config), view, site=site.index, view_run=contract.view_run)
+        store = open_sealed(config, contract, number, seal_key)
+        spec = check_run(config, store, view, site=site.index, view_run=contract.view_run)
         contract.join_run(site.signer, number)
     click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
@@ -215,13 +234,14 @@ def export(number: int, site_file: Path, out: Path, as_json: bool) -> None:
     from swarmchain.layouts import checkpoint_layout
     from swarmchain.protocol import MANIFEST_BYTES_MAX
     from swarmchain.spec import encode_spec
-    from swarmchain.store import open_store, read_spec
+    from swarmchain.store import read_spec
 
     config = load(site_file)
-    view = connect(config).view_run(number)
+    contract = connect(config)
+    view = contract.view_run(number)
     if not view.finalized_round:
         raise SpecError(f"run {number} has no checkpoint yet", hint="`swarmchain status` shows how far it is")
-    store = open_store(config)
+    store = open_sealed(config, contract, number, unlock_seal_key(config))
     spec = read_spec(store, view.spec)
     size = compute_size(checkpoint_layout(spec))
     write_file(out / "model.safetensors", store.get_blob(view.checkpoint, bytes_max=size))
