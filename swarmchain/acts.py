@@ -196,7 +196,7 @@ class Acts:
         accept, score = self.work.judge(certified, view)
         with self.clock.measure("store"):
             self.store.put_blob(certified.checkpoint, digest=certified.manifest.checkpoint)
-            self.store.put_blob(certified.manifest_bytes)
+            self.store.put_public(certified.manifest_bytes)
         included = frozenset(item.site for item in certified.manifest.included)
         ballot = Ballot(certified.manifest.checkpoint, certified.manifest_digest, accept,
                         round((score or 0.0) * BPS), included)
@@ -249,7 +249,7 @@ class Acts:
             certified = self.work.certify(self.view, self.found.key)
             if certified is None or certified.manifest_digest != self.view.manifest:
                 raise
-            self.store.restore_blob(certified.manifest_bytes)
+            self.store.restore_public(certified.manifest_bytes)
             return certified.manifest
 
     def finish(self) -> SwarmError | None:

@@ -7,6 +7,7 @@ store that does not answer, takes nothing in, or is full, is waited for, however
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,10 @@ from swarmchain.errors import (
     SwarmError,
     Unreachable,
 )
+from swarmchain.keys import SealKey
 from swarmchain.protocol import Phase, Reason, RunView
-from swarmchain.site import Site
+from swarmchain.sealed import SealedStore
+from swarmchain.site import Site, find_seal_keys, seal_store
 from swarmchain.store import Store, read_manifest
 from swarmchain.tasks import Task
 from swarmchain.timing import Clock, Patience, sleep
@@ -52,6 +55,8 @@ class Agent:
 
     Parameters
     ----------
+    seal_key
+        Opens and seals contributions and checkpoints; without one they stay in the clear.
     log
         Receives every event as a dictionary with `event` and what belongs to it.
     now
@@ -61,9 +66,10 @@ class Agent:
     """
 
     def __init__(self, site: Site, store: Store, *, log: Log, now: Callable[[], float] = time.time,
-                 tasks: Mapping[int, Task] | None = None) -> None:
+                 seal_key: SealKey | None = None, tasks: Mapping[int, Task] | None = None) -> None:
         self.site = site
         self.store = store
+        self._seal_key = seal_key
         self.log = log
         self._now = now
         self._tasks = tasks or {}
@@ -147,7 +153,7 @@ class Agent:
             duty = self._decide(found) if found else Duty.WAIT
         if found is None or duty is Duty.WAIT:
             return Duty.WAIT
-        problem = act(duty, found, self.site, self.store, log=self.log)
+        problem = act(duty, found, self.site, found.work.store, log=self.log)
         found.head = -1
         if duty is Duty.DONE:
             self._ended[run] = problem
@@ -164,6 +170,7 @@ class Agent:
             self._following.pop(run, None)
             return None
         found = self._following.get(run)
+        has_news = found is None or (found.view.round_id, found.view.joined) != (view.round_id, view.joined)
         if found is None:
             found = self._following[run] = self._follow(view)
         elif found.view.round_id != view.round_id:
@@ -173,15 +180,30 @@ class Agent:
         elif found.closed_since is None:
             found.closed_since = time.monotonic()
         found.view, found.head = view, head
+        if has_news and isinstance(found.work.store, SealedStore):
+            self._welcome(found, found.work.store)
         found.look_at = time.monotonic() + self._compute_pause(found)
         return found
 
     def _follow(self, view: RunView) -> Following:
-        contract = self.site.contract
-        work = RunWork(self.site.config, self.store, view, site=self.site.index, view_run=contract.view_run,
+        contract, store = self.site.contract, self.store
+        if self._seal_key is not None:
+            store = seal_store(store, self._seal_key, contract, view.run)
+        work = RunWork(self.site.config, store, view, site=self.site.index, view_run=contract.view_run,
                        task=self._tasks.get(view.run))
         self.log({"event": "run", "run": view.run, "spec": view.spec, **work.task.describe()})
         return Following(work, view, contract.key_of, self._recall(view))
+
+    def _welcome(self, found: Following, store: SealedStore) -> None:
+        """Let who joined read what the next round starts from, and all sites what they must see before they join."""
+        wanted = [found.view.checkpoint] if found.view.finalized_round else []
+        source, seed = getattr(found.work.spec, "statistics", None), getattr(found.work.spec, "seed_checkpoint", None)
+        everyone = find_seal_keys(self.site.contract, None) if source else frozenset[str]()
+        for digest, also in [*((d, ()) for d in wanted), *((d, everyone) for d in (
+                seed, source.checkpoint if source else None) if d)]:
+            # what is in the clear, not there yet, or not for this site is others' to give
+            with contextlib.suppress(StoreError):
+                store.welcome(digest, also=also)
 
     def _compute_pause(self, found: Following) -> float:
         """Seconds until the run may look otherwise without a new block: the next deadline."""

@@ -26,13 +26,13 @@ from swarmchain.agent import Agent
 from swarmchain.config import read_site_config, require_paths
 from swarmchain.custom import CustomTask, Score, Settings, TrainingNeeded, plan_custom, require_fit
 from swarmchain.errors import KeystoreError, SpecError
-from swarmchain.keys import find_password, lock_keystore, open_keystore
+from swarmchain.keys import find_password, lock_keystore, open_keystore, open_seal_key
 from swarmchain.merging import Codec, Merge
 from swarmchain.methods import find_method
 from swarmchain.protocol import Terms, derive_seed
-from swarmchain.site import Site, open_site
+from swarmchain.site import Site, open_site, publish_seal_key, seal_store
 from swarmchain.spec import CustomSpec, Gate, Limits, encode_spec
-from swarmchain.store import Store, read_checkpoint, read_spec
+from swarmchain.store import Store, open_store, read_checkpoint, read_spec
 
 TERMS = Terms(commit_window_s=3600, vote_window_s=1800, sites_min=2)
 
@@ -86,7 +86,11 @@ class Swarm:
         with contextlib.ExitStack() as opened:
             opened.enter_context(lock_keystore(path))
             self._site: Site = opened.enter_context(open_site(self._config, open_keystore(path, password)))
-            self._store = Store(self._config.store_url)
+            self._store = open_store(self._config)
+            named = self._config.keys.seal_key
+            self._seal_key = None if named is None else open_seal_key(self._config.resolve(named), password)
+            if self._seal_key is not None:
+                publish_seal_key(self._site, self._seal_key)
             self._open = opened.pop_all()
         return self
 
@@ -102,7 +106,7 @@ class Swarm:
         """
         spec, seed = plan_custom(model, name=name, limits=Limits(rounds=rounds, sites_to_start=sites),
                                  settings=settings, local=local, code=code, merge=merge, codec=codec, gate=gate)
-        self._store.put_blob(seed)
+        self._open_sealed(None).put_blob(seed)  # every site must be able to read it before it joins
         return self._site.contract.propose_run(
             self._site.signer, spec=self._store.put_blob(encode_spec(spec)), terms=terms)
 
@@ -140,7 +144,7 @@ class Swarm:
         if self._site.index not in self._site.contract.view_run(run).joined:
             raise SpecError(f"{self._config.name} has not joined run {run}", hint="call swarm.join(run, model) first")
         task = CustomTask(spec, model, score=score, folder=self._config.work_dir / "training" / str(run))
-        agent = Agent(self._site, self._store, log=self._log, tasks={run: task})
+        agent = Agent(self._site, self._store, log=self._log, seal_key=self._seal_key, tasks={run: task})
         while True:
             try:
                 agent.run([run])
@@ -154,7 +158,13 @@ class Swarm:
             yield round_
             task.give(assignment, round_.samples)
         view = self._site.contract.view_run(run)
-        task.load_final(read_checkpoint(self._store, view.checkpoint, spec))
+        task.load_final(read_checkpoint(self._open_sealed(run), view.checkpoint, spec))
+
+    def _open_sealed(self, run: int | None) -> Store:
+        """The store, sealed to a run's members, or to all sites."""
+        if self._seal_key is None:
+            return self._store
+        return seal_store(self._store, self._seal_key, self._site.contract, run)
 
     def _read_law(self, run: int, model: nn.Module, code: Path | None) -> CustomSpec:
         spec = read_spec(self._store, self._site.contract.view_run(run).spec)

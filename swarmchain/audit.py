@@ -30,6 +30,7 @@ from swarmchain.errors import (
 from swarmchain.layouts import contribution_layout
 from swarmchain.protocol import Manifest, Outcome, RoundKey, RunView
 from swarmchain.replay import read_history, rebuild
+from swarmchain.retention import read_pruned
 from swarmchain.rules import Replica, Round
 from swarmchain.spec import CustomSpec, EvaluationSpec, RehearsalSpec, Spec, SumSpec, TrainedSpec
 from swarmchain.spool import Spool
@@ -172,6 +173,7 @@ class _Replay:
         self.parent: tuple[str, Arrays] = (NO_PARENT, {})
         self.previous: tuple[str, Manifest | None] = (NO_PARENT, None)
         self.rejections = 0
+        self.pruned = read_pruned(store, record.key_of(audit.run, 0))
         self.sound: set[str] = set()
         self.named: dict[str, str] = {self.run.spec: "the spec"}
 
@@ -227,6 +229,9 @@ class _Replay:
             found.accepting = self._names(round_.accepting(result.checkpoint, result.manifest))
             self._check_finalized(found, round_, key)
             self.rejections = 0
+            if found.findings and number < self.pruned:
+                found.remarks.append(f"the store says that it was pruned before round {self.pruned}: what is missing "
+                                     "may have gone there; an audit that was made before then stands")
         else:
             self.rejections += outcome is Outcome.REJECTED
             for site, commitment in sorted(round_.commitments.items()):

@@ -35,15 +35,26 @@ class ChainConfig(Strict):
 
 
 class StoreConfig(Strict):
-    """Where blobs are shared: a folder or any fsspec URL."""
+    """Where blobs are shared: a folder or any fsspec URL.
+
+    `options_file` is a TOML file with credentials and endpoint, readable by its owner only; `profile` names one of
+    the standard AWS files' profiles. `keep_rounds` is what `store prune` leaves of each run; None for everything.
+    """
 
     url: str
+    profile: str | None = None
+    options_file: str | None = None
+    keep_rounds: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
 
 class KeysConfig(Strict):
-    """The site's key; the password comes from `SWARMCHAIN_PASSWORD`, this file, or a prompt."""
+    """The site's keys; their password comes from `SWARMCHAIN_PASSWORD`, this file, or a prompt.
+
+    Without a `seal_key` contributions and checkpoints are not sealed.
+    """
 
     keystore: str
+    seal_key: str | None = None
     password_file: str | None = None
 
 
@@ -186,11 +197,15 @@ def require_paths(config: SiteConfig) -> None:
     named = {"chain.deployment": config.chain.deployment, "keys.keystore": config.keys.keystore}
     if config.keys.password_file is not None and "SWARMCHAIN_PASSWORD" not in os.environ:
         named["keys.password_file"] = config.keys.password_file
+    if config.keys.seal_key is not None:
+        named["keys.seal_key"] = config.keys.seal_key
     if config.data is not None:
         paths = {key: getattr(config.data, key) for key in DATA_PATHS}
         named.update({f"data.{key}": path for key, path in paths.items() if path is not None})
     if "://" not in config.store.url:
         named["store.url"] = config.store.url
+    if config.store.options_file is not None:
+        named["store.options_file"] = config.store.options_file
     for key, path in named.items():
         if not config.resolve(path).exists():
             raise ConfigError(
@@ -268,10 +283,18 @@ timeout_s = 10.0
 [store]
 # a folder that all sites see, or an fsspec URL such as s3://bucket/prefix
 url = {store}
+# credentials and endpoint, never in this file: a TOML file of mode 600, or a profile of the AWS files, or
+# AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL in the environment; see docs/store.md
+# options_file = "store.toml"
+# profile = "swarm"
+# rounds of each run that `swarmchain store prune` leaves; without it everything stays
+# keep_rounds = 20
 
 [keys]
 # encrypted; who has it and its password signs for the site
 keystore = {keystore}
+# under the same password: opens what is sealed to the site, and seals its contributions; without it nothing is sealed
+{seal_line}
 # else SWARMCHAIN_PASSWORD in the environment, or a prompt
 {password_line}
 
@@ -350,6 +373,7 @@ def render_site_toml(
     donor_column: str | None = None,
     sample_column: str | None = None,
     keystore: str = "keystore.json",
+    seal_key: str | None = None,
     password_file: str | None = None,
     label_map: dict[str, str] | None = None,
     state: str = "auto",
@@ -361,6 +385,7 @@ def render_site_toml(
     password = f"password_file = {quote(password_file)}" if password_file else (
         '# password_file = "password.txt"'
     )
+    seal = f"seal_key = {quote(seal_key)}" if seal_key else '# seal_key = "seal-key.json"'
     lines = "".join(f"{quote(k)} = {quote(v)}\n" for k, v in (label_map or {}).items())
     section = "" if data is None else DATA_TOML.format(
         data=quote(data), label_column=quote(label_column), state=quote(state), label_map=lines,
@@ -369,5 +394,6 @@ def render_site_toml(
         sample_line=f"sample_column = {quote(sample_column)}" if sample_column else '# sample_column = "sample"')
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
-        keystore=quote(keystore), password_line=password, data_section=section, poll_s=poll_s, stagger_s=stagger_s,
+        keystore=quote(keystore), password_line=password, seal_line=seal, data_section=section, poll_s=poll_s,
+        stagger_s=stagger_s,
     )

@@ -104,6 +104,10 @@ class BlobMissing(StoreError):
     """The store does not hold this blob (yet)."""
 
 
+class NotRecipient(StoreError):
+    """A sealed blob is not sealed to this key (yet)."""
+
+
 class JournalError(SwarmError):
     """The journal belongs to another site or contract, or cannot be written."""
 

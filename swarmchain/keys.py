@@ -1,7 +1,8 @@
 """The only room that sees a private key.
 
 A key lies in an encrypted Ethereum keystore (Web3 Secret Storage, scrypt), readable by its owner only. In memory it
-lives inside a `Signer`, which signs, derives salts, and shows nothing but its address.
+lives inside a `Signer`, which signs, derives salts, and shows nothing but its address. What is sealed to the site is
+opened by a second key, X25519, which lies beside it under the same password and lives inside a `SealKey`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
 
 from swarmchain.config import SiteConfig, write_file
 from swarmchain.errors import KeystoreError
-from swarmchain.protocol import RoundKey
+from swarmchain.protocol import Digest, RoundKey, Strict, first_problem
+from swarmchain.sealing import Envelope, derive_content_key, open_box
 
 # eth_account takes a third of a second to import, so whoever only asks for help must not wait for it
 if TYPE_CHECKING:
@@ -50,6 +54,107 @@ class Signer:
             ["swarmchain.salt.v1", key.chain_id, key.contract.lower(), key.run, key.round_id, digest]
         ).encode()
         return hmac.new(bytes(self._account.key), message, hashlib.sha256).hexdigest()
+
+
+class SealKey:
+    """A site's (or an auditor's) X25519 key in use: it opens what is sealed to it."""
+
+    def __init__(self, secret: bytes) -> None:
+        from nacl.bindings import crypto_scalarmult_base
+
+        self._secret = secret
+        self.public: str = crypto_scalarmult_base(secret).hex()
+
+    def __repr__(self) -> str:
+        return f"SealKey({self.public})"
+
+    def open_box(self, envelope: Envelope) -> bytes:
+        """The content key of a sealed blob. Raises `NotRecipient`."""
+        return open_box(envelope, self.public, self._secret)
+
+    def derive_content_key(self, context: str, digest: str) -> bytes:
+        """The content key of a blob that this site seals; `context` names the contract."""
+        return derive_content_key(self._secret, context, digest)
+
+    def open_sealed(self, data: bytes) -> bytes:
+        """What somebody put into a sealed box (libsodium's) for this key. Raises `KeystoreError`."""
+        from nacl.bindings import crypto_box_seal_open
+        from nacl.exceptions import CryptoError
+
+        try:
+            return bytes(crypto_box_seal_open(data, bytes.fromhex(self.public), self._secret))
+        except (CryptoError, TypeError, ValueError) as exc:
+            raise KeystoreError("this is not sealed to the key " + self.public[:12] + "…",
+                                hint="ask for it again, and name this key") from exc
+
+
+class _SealFile(Strict):
+    """The file of an X25519 key: its secret in a SecretBox (XSalsa20-Poly1305) under Argon2id of the password."""
+
+    format: Literal["swarmchain-seal-key/1"] = "swarmchain-seal-key/1"
+    public: Digest
+    opslimit: Annotated[int, Field(ge=1, le=16)]
+    memlimit: Annotated[int, Field(ge=1 << 13, le=1 << 30)]
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    box: Annotated[str, Field(pattern=r"^[0-9a-f]{144}$")]
+
+
+def create_seal_key(path: Path, password: str, *, secret: bytes | None = None, is_cheap: bool = False) -> str:
+    """Create an X25519 key, or take `secret` (32 bytes), and write it encrypted; return the public key as hex.
+
+    `is_cheap` is for throw-away keys: a password that is guessed quickly.
+
+    Raises
+    ------
+    KeystoreError
+        If the file exists already, or the password is empty.
+    """
+    if path.exists():
+        raise KeystoreError(f"{path} exists already", hint="a key is never overwritten: move it, or use another name")
+    if not password:
+        raise KeystoreError("the keystore password is empty", hint="choose one")
+    from nacl import pwhash, utils
+    from nacl import secret as boxes
+
+    secret, salt = secret or utils.random(32), utils.random(pwhash.argon2id.SALTBYTES)
+    ops, mem = (1, 1 << 13) if is_cheap else (pwhash.argon2id.OPSLIMIT_MODERATE, pwhash.argon2id.MEMLIMIT_MODERATE)
+    under = pwhash.argon2id.kdf(32, password.encode(), salt, opslimit=ops, memlimit=mem)
+    public = SealKey(secret).public
+    found = _SealFile(public=public, opslimit=ops, memlimit=mem, salt=salt.hex(),
+                      box=bytes(boxes.SecretBox(under).encrypt(secret)).hex())
+    write_file(path, found.model_dump_json().encode() + b"\n", mode=0o600)
+    return public
+
+
+def read_seal_public(path: Path) -> str:
+    """The public part of an X25519 key's file, without its password. Raises `KeystoreError`."""
+    return _read_seal_file(path).public
+
+
+def open_seal_key(path: Path, password: str) -> SealKey:
+    """Decrypt an X25519 key.
+
+    Raises
+    ------
+    KeystoreError
+        If the file is missing, none, readable by others, or the password is wrong.
+    """
+    found = _read_seal_file(path)
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise KeystoreError(f"{path} is readable by others", hint=f"chmod 600 {path}")
+    from nacl import pwhash
+    from nacl import secret as boxes
+    from nacl.exceptions import CryptoError
+
+    under = pwhash.argon2id.kdf(32, password.encode(), bytes.fromhex(found.salt), opslimit=found.opslimit,
+                                memlimit=found.memlimit)
+    try:
+        key = SealKey(bytes(boxes.SecretBox(under).decrypt(bytes.fromhex(found.box))))
+    except CryptoError as exc:
+        raise KeystoreError(f"wrong password for {path}", hint="check the password file or prompt") from exc
+    if key.public != found.public:
+        raise KeystoreError(f"{path} holds another key than it says", hint="restore it from your backup")
+    return key
 
 
 def create_keystore(path: Path, password: str, *, secret: bytes | None = None, work_log2: int = 18) -> str:
@@ -143,6 +248,15 @@ def read_password_file(path: Path) -> str:
     if not lines or not lines[0]:
         raise KeystoreError(f"the password file {path} is empty", hint="put the password on its first line")
     return lines[0]
+
+
+def _read_seal_file(path: Path) -> _SealFile:
+    try:
+        return _SealFile.model_validate_json(path.read_bytes())
+    except OSError as exc:
+        raise KeystoreError(f"cannot read the seal key {path}: {exc.strerror}", hint="restore your backup") from exc
+    except ValidationError as exc:
+        raise KeystoreError(f"{path} is no seal key: {first_problem(exc)}", hint="restore it from your backup") from exc
 
 
 def _read_keystore(path: Path) -> dict[str, Any]:

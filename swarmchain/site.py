@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from swarmchain.chain import SwarmContract
 from swarmchain.config import SiteConfig, read_deployment
 from swarmchain.journal import Journal
-from swarmchain.keys import Signer
+from swarmchain.keys import SealKey, Signer
 from swarmchain.node import Node
 from swarmchain.outbox import Outbox
+from swarmchain.sealed import SealedStore
+from swarmchain.store import Store
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,38 @@ def open_site(config: SiteConfig, signer: Signer) -> Iterator[Site]:
     contract.send = outbox.send
     with contextlib.closing(journal):
         yield Site(config, signer, contract, journal, outbox, index)
+
+
+def find_seal_keys(contract: SwarmContract, run: int | None) -> frozenset[str]:
+    """Public keys of the sites that may read what is put into a run from now on.
+
+    Those that have joined it or are members of its newest round, unless the consortium has removed them; without a run
+    all sites of the consortium: what they must see before they join.
+    """
+    sites = [site for site in contract.get_sites() if site.active and site.seal_key]
+    if run is not None:
+        view = contract.view_run(run)
+        sites = [site for site in sites if site.site in view.joined | view.members]
+    return frozenset(site.seal_key for site in sites)
+
+
+def seal_store(store: Store, key: SealKey, contract: SwarmContract, run: int | None) -> SealedStore:
+    """A store that seals what it is given to those whom `find_seal_keys` finds at the chain's newest block."""
+    known: dict[int, frozenset[str]] = {}
+
+    def find_members() -> frozenset[str]:
+        head = contract.node.read_head()
+        if head not in known:
+            known.clear()
+            known[head] = find_seal_keys(contract, run)
+        return known[head]
+
+    return SealedStore(store, key, context=f"{contract.chain_id}-{contract.address.lower()}", members=find_members)
+
+
+def publish_seal_key(site: Site, key: SealKey) -> bool:
+    """Put the site's public key on chain, unless it is there; whether it had to be."""
+    if site.contract.get_sites()[site.index].seal_key == key.public:
+        return False
+    site.contract.set_seal_key(site.signer, key.public)
+    return True

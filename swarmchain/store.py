@@ -1,37 +1,47 @@
-"""Blobs by digest, shared by all sites, over fsspec.
+"""Blobs by digest, shared by all sites: a folder, S3, or anything else that fsspec reaches.
 
     blobs/<first two hex digits>/<sha256>     specs, checkpoints, contributions, manifests
     openings/<commitment>                     named by the commitment, which authenticates them
+    sealed/<sha256 of the plaintext>          envelopes; what they speak of is a blob like any other (see `sealing`)
 
-The store is not trusted: every read is size-limited and hashed again. Every write is whole or not at all: a folder
-gets a temporary file that is renamed, object stores do so by themselves.
+The store is not trusted: every read is size-limited and hashed again. Every write is whole or not at all. How bytes
+come and go is told in `objects` and `s3`.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import re
+import threading
 import uuid
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
-import fsspec
 import numpy.typing as npt
-from fsspec.implementations.local import LocalFileSystem
 
+from swarmchain.backends import open_objects, read_options
 from swarmchain.checkpoint import Buffer, compute_size, decode_tensors
-from swarmchain.errors import BlobMissing, CheckpointError, StoreError, StoreFull, StoreUnreachable
+from swarmchain.config import SiteConfig
+from swarmchain.errors import BlobMissing, StoreError, StoreFull, StoreUnreachable, SwarmError
 from swarmchain.layouts import checkpoint_layout
-from swarmchain.protocol import MANIFEST_BYTES_MAX, OPENING_BYTES_MAX, Manifest, compute_digest, parse_manifest
+from swarmchain.objects import PATIENT, FolderObjects, Found, FsspecObjects, Link, describe, first_line
+from swarmchain.protocol import (
+    MANIFEST_BYTES_MAX,
+    OPENING_BYTES_MAX,
+    Manifest,
+    compute_digest,
+    parse_manifest,
+)
 from swarmchain.spec import SPEC_BYTES_MAX, Spec, parse_spec
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_NOTE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,127}")
 # What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PIECE = 256 << 10
 _PERMISSIONS = "check that the store is there, and that this account may write to it"
 
 
@@ -41,30 +51,28 @@ class Store:
     Parameters
     ----------
     url
-        A path or any fsspec URL.
+        A path, s3://bucket/prefix, or any other fsspec URL.
+    options
+        What is needed to reach it: the keys of `s3.S3Options` for S3, fsspec's storage options for others.
+    profile
+        For S3, a profile in the standard AWS files.
 
     Raises
     ------
     StoreError
-        If no such kind of store is installed, or a folder does not exist.
+        If no such kind of store is installed, a folder does not exist, or the URL holds a password.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, options: dict[str, Any] | None = None, profile: str | None = None,
+                 link: Link = PATIENT) -> None:
         self.url = url
         self.bytes_up = 0
         self.bytes_down = 0
-        try:
-            fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as exc:
-            raise StoreError(
-                f"store {url}: {_first_line(exc)}", hint="check the URL, or install the fsspec package for it"
-            ) from exc
-        self._fs = fs
-        self._root = root.rstrip("/")
-        self._is_folder = isinstance(fs, LocalFileSystem)
-        self._was_there = False
-        if self._is_folder and not Path(self._root).is_dir():
-            raise StoreError(f"store {url} is no folder", hint="create it, or mount it, and make it writable")
+        self._link = link
+        self._count = threading.Lock()
+        self._objects = open_objects(url, options or {}, profile=profile, link=link)
+        self._root = self._objects.root
+        self._is_folder = isinstance(self._objects, FolderObjects)
 
     def has_blob(self, digest: str) -> bool:
         """Whether a blob of this name is there; its content is checked on reading only."""
@@ -77,6 +85,10 @@ class Store:
         if not self._exists(path):
             self._write(path, data)
         return digest
+
+    def put_public(self, data: Buffer) -> str:
+        """Store what everyone may read, a spec or a manifest: the same as `put_blob`, unless blobs are sealed."""
+        return self.put_blob(data)
 
     def get_blob(self, digest: str, *, bytes_max: int) -> bytes:
         """Fetch a blob and hash it again.
@@ -93,14 +105,8 @@ class Store:
             raise self._altered(digest)
         return data
 
-    def _altered(self, digest: str) -> StoreError:
-        return StoreError(
-            f"blob {digest[:12]}… in {self.url} is not what its name says",
-            hint="somebody altered it or a write broke off: remove it, a site that holds it will put it back",
-        )
-
     def read_blob(self, digest: str, into: memoryview) -> None:
-        """Fetch a blob of exactly the size of `into`, in pieces that are hashed while the processor's cache has them.
+        """Fetch a blob of exactly the size of `into`, in pieces that are hashed as they come.
 
         Raises
         ------
@@ -112,17 +118,68 @@ class Store:
         path = self._blob_path(digest)
         if self._call(path, "read", self._read_into, path, into) != digest:
             raise self._altered(digest)
+        self._add_down(len(into))
+
+    def read_many(self, wanted: Sequence[tuple[str, memoryview]]) -> list[SwarmError | None]:
+        """Fetch several blobs side by side, as `read_blob` does; what is wrong with each, None for those that are good.
+
+        Raises
+        ------
+        StoreUnreachable
+            If the store does not answer: that says nothing about a blob.
+        """
+        def fetch(item: tuple[str, memoryview]) -> SwarmError | None:
+            try:
+                self.read_blob(*item)
+            except StoreUnreachable:
+                raise
+            except SwarmError as exc:
+                return exc
+            return None
+
+        if len(wanted) < 2:
+            return [fetch(item) for item in wanted]
+        # the context ends only when no thread writes into anyone's room any more
+        with ThreadPoolExecutor(min(self._link.threads, len(wanted)), thread_name_prefix="store") as pool:
+            return list(pool.map(fetch, wanted))
+
+    def stream_blob(self, digest: str, size: int | None) -> Iterator[memoryview]:
+        """A blob's pieces in order, each good until the next is asked for; nothing is hashed.
+
+        Raises as `read_blob` does, but for what only its hash would tell.
+        """
+        path = self._blob_path(digest)
+        pieces = iter(self._objects.stream(path, size))
+        while (piece := self._call(path, "read", next, pieces, None)) is not None:
+            self._add_down(len(piece))
+            yield piece
 
     def list_blobs(self) -> list[str]:
         """Names of all blobs, in order."""
         root = f"{self._root}/blobs"
-        found = self._call(root, "list", self._fs.find, root) if self._exists(root) else []
+        found = self._call(root, "list", lambda: [item.path for item in self._objects.list(root)])
         return sorted({name for path in found if _HEX64.fullmatch(name := path.rsplit("/", 1)[-1])})
+
+    def list_all(self) -> dict[tuple[str, str], Found]:
+        """Everything that is named as it should be: ("blobs", "openings" or "sealed", name) → what it is."""
+        found: dict[tuple[str, str], Found] = {}
+        for kind in ("blobs", "openings", "sealed"):
+            root = f"{self._root}/{kind}"
+            for item in self._call(root, "list", lambda where=root: list(self._objects.list(where))):
+                name = item.path.rsplit("/", 1)[-1]
+                if _HEX64.fullmatch(name) and item.path == self._path(kind, name):
+                    found[kind, name] = item
+        return found
+
+    def remove(self, kind: str, name: str) -> None:
+        """Remove one blob or opening; one that is not there is no error."""
+        path = self._path(kind, name)
+        self._call(path, "remove", self._objects.remove, path)
 
     def require_whole(self, digest: str) -> None:
         """Raises `StoreError` unless a blob is there, however long, and is what its name says."""
         path = self._blob_path(digest)
-        if self._call(path, "read", self._hash_now, path) != digest:
+        if self._call(path, "read", self._read_into, path, None) != digest:
             raise self._altered(digest)
 
     def restore_blob(self, data: Buffer, *, digest: str = "") -> str:
@@ -133,6 +190,10 @@ class Store:
         except StoreError:
             self._write(self._blob_path(digest), data)
         return digest
+
+    def restore_public(self, data: Buffer) -> str:
+        """As `restore_blob`, for what everyone may read."""
+        return self.restore_blob(data)
 
     def put_opening(self, commitment: str, data: bytes) -> None:
         """Disclose an opening under its commitment, also where anyone has put something else there."""
@@ -152,18 +213,49 @@ class Store:
         """Whether something lies under this commitment."""
         return self._exists(self._opening_path(commitment))
 
+    def put_envelope(self, digest: str, data: bytes) -> None:
+        """Put an envelope under the digest of the plaintext, also where another lies there."""
+        self._write(self._envelope_path(digest), data)
+
+    def get_envelope(self, digest: str, *, bytes_max: int) -> bytes:
+        """Fetch the envelope of a plaintext; the caller believes nothing of it. Raises as `get_blob` does."""
+        return self._read(self._envelope_path(digest), bytes_max=bytes_max)
+
+    def has_envelope(self, digest: str) -> bool:
+        """Whether something lies there."""
+        return self._exists(self._envelope_path(digest))
+
+    def put_note(self, name: str, data: bytes) -> None:
+        """Leave a small file that nothing is proven by, under a name of our own making."""
+        self._write(f"{self._root}/{_require_note(name)}", data)
+
+    def get_note(self, name: str, *, bytes_max: int) -> bytes:
+        """Fetch such a file. Raises as `get_blob` does, but for its digest."""
+        return self._read(f"{self._root}/{_require_note(name)}", bytes_max=bytes_max)
+
     def require_writable(self) -> None:
         """Write, read back and remove a small file.
 
         Raises
         ------
         StoreError
-            If the store is read-only or full.
+            If the store is read-only or full. Not if nothing may be removed from it: agents need not.
         """
         path = f"{self._root}/probe-{uuid.uuid4().hex}"
         self._write(path, b"swarmchain")
-        self._read(path, bytes_max=64)
-        self._call(path, "remove", self._fs.rm_file, path)
+        if self._read(path, bytes_max=64) != b"swarmchain":
+            raise StoreError(f"the store {self.url} does not give back what was written", hint="is it the right one?")
+        with suppress(StoreError):
+            self._call(path, "remove", self._objects.remove, path)
+
+    def _altered(self, digest: str) -> StoreError:
+        return StoreError(
+            f"blob {digest[:12]}… in {self.url} is not what its name says",
+            hint="somebody altered it or a write broke off: remove it, a site that holds it will put it back",
+        )
+
+    def _path(self, kind: str, name: str) -> str:
+        return self._blob_path(name) if kind == "blobs" else f"{self._root}/{kind}/{_require_hex(name)}"
 
     def _blob_path(self, digest: str) -> str:
         return f"{self._root}/blobs/{_require_hex(digest)[:2]}/{digest}"
@@ -171,100 +263,91 @@ class Store:
     def _opening_path(self, commitment: str) -> str:
         return f"{self._root}/openings/{_require_hex(commitment)}"
 
+    def _envelope_path(self, digest: str) -> str:
+        return f"{self._root}/sealed/{_require_hex(digest)}"
+
     def _exists(self, path: str) -> bool:
-        # for a folder not fsspec's own: it works the path out anew each time, and agents look often
-        return bool(self._call(path, "look for", os.path.exists if self._is_folder else self._fs.exists, path))
+        return bool(self._call(path, "look for", self._objects.exists, path))
 
     def _read(self, path: str, *, bytes_max: int) -> bytes:
-        return self._call(path, "read", self._read_now, path, bytes_max)  # type: ignore[no-any-return]
-
-    def _read_now(self, path: str, bytes_max: int) -> bytes:
-        with self._open(path) as file:
-            data: bytes = file.read(bytes_max + 1)
-        self.bytes_down += len(data)
-        if len(data) > bytes_max:
-            raise StoreError(f"{_short(path)} in {self.url} is longer than the {bytes_max} bytes it may have")
+        data: bytes = self._call(path, "read", lambda: self._objects.read(path, bytes_max=bytes_max))
+        self._add_down(len(data))
         return data
 
-    def _read_into(self, path: str, into: memoryview) -> str:
-        """Fill `into`, and return the digest of what was read."""
-        sha, at = hashlib.sha256(), 0
-        with self._open(path) as file:
-            while at < len(into) and (count := file.readinto(into[at : at + _PIECE])):
-                sha.update(into[at : at + count])
-                at += count
-            is_longer = at == len(into) and file.read(1)
-        self.bytes_down += at
-        if at < len(into) or is_longer:
-            size = f"more than {at}" if is_longer else at
-            raise CheckpointError(f"{_short(path)} in {self.url}: {size} bytes where the spec prescribes {len(into)}")
+    def _read_into(self, path: str, into: memoryview | None) -> str:
+        """Fill `into` (None for no place), and return the digest of what was read."""
+        sha = hashlib.sha256()
+        for piece in self._objects.stream(path, None if into is None else len(into), into):
+            sha.update(piece)
         return sha.hexdigest()
-
-    def _hash_now(self, path: str) -> str:
-        with self._open(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _open(self, path: str) -> Any:
-        # a folder's files without Python's own buffer: it would copy everything once more
-        return Path(path).open("rb", buffering=0) if self._is_folder else self._fs.open(path, "rb")
 
     def _write(self, path: str, data: Buffer) -> None:
         self._call(path, "write", self._write_now, path, data)
-        self.bytes_up += len(data)
+        with self._count:
+            self.bytes_up += len(data)
 
     def _write_now(self, path: str, data: Buffer) -> None:
-        if not self._is_folder:
-            self._fs.pipe_file(path, bytes(data))
-            return
-        target = Path(path)
-        if not self._was_there:
-            for name in ("blobs", "openings"):
-                Path(self._root, name).mkdir(exist_ok=True)
-        # one level and no more: a store that was there and is gone is a mount point that lost its file system
-        target.parent.mkdir(exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-            self._was_there = True
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._objects.write(path, data)
+
+    def _add_down(self, size: int) -> None:
+        with self._count:
+            self.bytes_down += size
 
     def _call(self, path: str, verb: str, function, *args):  # type: ignore[no-untyped-def]
-        """Run one file operation; every foreign error becomes ours here."""
-        if self._is_folder:
-            self._require_there()
-        where = f"{_short(path)} in {self.url}"
+        """Run one operation; every foreign error becomes ours here."""
+        if isinstance(self._objects, FsspecObjects):
+            return self._link.retrying()(self._call_once, path, verb, function, *args)
+        return self._call_once(path, verb, function, *args)
+
+    def _call_once(self, path: str, verb: str, function, *args):  # type: ignore[no-untyped-def]
+        if isinstance(self._objects, FolderObjects):
+            self._objects.require_there()
+        where = f"{describe(path)} in {self.url}"
         try:
             return function(*args)
-        except StoreError:
+        except SwarmError:
             raise
         except FileNotFoundError as exc:
-            if self._is_folder:
-                self._require_there()
+            if isinstance(self._objects, FolderObjects):
+                self._objects.require_there()
             if verb == "read":
-                raise BlobMissing(f"{_short(path)} is not in {self.url}") from exc
+                raise BlobMissing(f"{describe(path)} is not in {self.url}") from exc
             raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
         except _REFUSALS as exc:
             raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
         except OSError as exc:
-            if exc.errno == errno.EROFS:
-                raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
-            if exc.errno in _FULL:
-                raise StoreFull(f"cannot {verb} {where}: {_first_line(exc)}", hint="free space in the store") from exc
-            raise StoreUnreachable(
-                f"cannot {verb} {where}: {_first_line(exc)}", hint="is it up, and does the network reach it?"
-            ) from exc
+            raise self._translate(exc, f"cannot {verb} {where}") from exc
+        except Exception as exc:
+            if not isinstance(self._objects, FsspecObjects):
+                raise
+            # a kind of store that we do not know has errors that we do not know
+            raise StoreUnreachable(f"cannot {verb} {where}: {first_line(exc)}",
+                                   hint="is it up, and are its options right?") from exc
 
-    def _require_there(self) -> None:
-        """A folder that was unmounted must not look like a store whose blobs are missing, nor be written to."""
-        if os.path.isdir(f"{self._root}/blobs"):  # noqa: PTH112 - a path object takes longer than the look
-            self._was_there = True
-        elif self._was_there or not Path(self._root).is_dir():
-            raise StoreUnreachable(f"the store {self.url} is gone", hint="mount it again")
+    @staticmethod
+    def _translate(exc: OSError, what: str) -> SwarmError:
+        if exc.errno == errno.EROFS:
+            return StoreError(f"{what}: {exc.strerror}", hint=_PERMISSIONS)
+        if exc.errno == errno.ELOOP:
+            return StoreError(f"{what}: it is a link", hint="remove it: a store's links are not followed")
+        if exc.errno in _FULL:
+            return StoreFull(f"{what}: {first_line(exc)}", hint="free space in the store")
+        return StoreUnreachable(f"{what}: {first_line(exc)}", hint="is it up, and does the network reach it?")
+
+
+def open_store(config: SiteConfig, *, link: Link = PATIENT) -> Store:
+    """The store that a site's settings name.
+
+    Raises
+    ------
+    ConfigError
+        If the options file is missing, readable by others, or not what its kind of store needs.
+    StoreError
+        As `Store` does.
+    """
+    named = config.store.options_file
+    options = {} if named is None else read_options(config.resolve(named))
+    return Store(config.store_url, options=options, profile=config.store.profile, link=link)
 
 
 def read_spec(store: Store, digest: str) -> Spec:
@@ -290,10 +373,7 @@ def _require_hex(digest: str) -> str:
     return digest
 
 
-def _short(path: str) -> str:
-    kind, name = path.split("/")[-2:]
-    return f"{'opening' if kind == 'openings' else 'blob'} {name[:12]}…" if len(name) == 64 else name
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc) or type(exc).__name__).splitlines()[0]
+def _require_note(name: str) -> str:
+    if not _NOTE.fullmatch(name):
+        raise StoreError(f"{name!r} is no name of a note")
+    return name

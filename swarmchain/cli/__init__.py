@@ -17,6 +17,7 @@ from swarmchain.cli.predict import predict
 from swarmchain.cli.run import run
 from swarmchain.cli.site import site
 from swarmchain.cli.status import status
+from swarmchain.cli.store import store
 from swarmchain.errors import SwarmError
 
 EPILOG = ("Exit codes: 0 done, 1 something to mend, 2 wrong usage, 3 chain or store unreachable (try again), "
@@ -29,7 +30,7 @@ def cli() -> None:
     """Hospitals train one single-cell model together: no data shared, no one in charge, every merge verifiable."""
 
 
-for command in (demo, benchmark, devchain, deploy, site, data, run, predict, agent, status):
+for command in (demo, benchmark, devchain, deploy, site, data, run, predict, agent, status, store):
     cli.add_command(command)
 
 

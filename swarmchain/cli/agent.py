@@ -9,9 +9,18 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import example, json_option, load, site_option, stop_on_signals, unlock
+from swarmchain.cli.common import (
+    ask_password,
+    example,
+    json_option,
+    load,
+    site_option,
+    stop_on_signals,
+    unlock_keystore,
+    unlock_seal_key,
+)
 from swarmchain.config import require_paths
-from swarmchain.keys import lock_keystore
+from swarmchain.keys import find_password, lock_keystore
 
 
 @click.command(epilog=example("swarmchain agent --site north/site.toml --run 1"))
@@ -27,18 +36,23 @@ def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
     path = config.resolve(config.keys.keystore)
 
     from swarmchain.agent import Agent
-    from swarmchain.site import open_site
-    from swarmchain.store import Store
+    from swarmchain.site import open_site, publish_seal_key
+    from swarmchain.store import open_store
 
     def log(event: dict[str, Any]) -> None:
         click.echo(json.dumps({"time": round(time.time(), 3), **event}) if as_json else describe_event(event))
 
-    with lock_keystore(path), open_site(config, unlock(config)) as site:
-        store = Store(config.store_url)
-        store.require_writable()
-        log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
-             "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})
-        Agent(site, store, log=log).run(runs, stopping=stopping)
+    with lock_keystore(path):
+        password = ask_password(path, find_password(config))
+        seal_key = unlock_seal_key(config, password)
+        with open_site(config, unlock_keystore(path, password)) as site:
+            store = open_store(config)
+            store.require_writable()
+            log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
+                 "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})
+            if seal_key is not None:
+                publish_seal_key(site, seal_key)
+            Agent(site, store, log=log, seal_key=seal_key).run(runs, stopping=stopping)
 
 
 WORDS = {

@@ -13,10 +13,11 @@ import click
 
 from swarmchain.config import SiteConfig, read_site_config
 from swarmchain.errors import KeystoreError
-from swarmchain.keys import Signer, find_password, open_keystore
+from swarmchain.keys import SealKey, Signer, find_password, open_keystore, open_seal_key
 
 if TYPE_CHECKING:
     from swarmchain.chain import SwarmContract
+    from swarmchain.store import Store
 
 site_option = click.option(
     "--site", "site_file", type=click.Path(path_type=Path, dir_okay=False), default=Path("site.toml"),
@@ -36,15 +37,37 @@ def unlock(config: SiteConfig) -> Signer:
     return unlock_keystore(path, find_password(config))
 
 
+def unlock_seal_key(config: SiteConfig, password: str | None = None) -> SealKey | None:
+    """The site's X25519 key, if it has one; see `unlock` for its password."""
+    if config.keys.seal_key is None:
+        return None
+    path = config.resolve(config.keys.seal_key)
+    return open_seal_key(path, ask_password(path, password or find_password(config)))
+
+
 def unlock_keystore(path: Path, password: str | None) -> Signer:
     """Decrypt a keystore; without a password ask for it on a terminal."""
+    return open_keystore(path, ask_password(path, password))
+
+
+def ask_password(path: Path, password: str | None) -> str:
+    """The password, from a terminal if it is not known yet."""
     if password is None:
         if not sys.stdin.isatty():
             raise KeystoreError(
                 f"no password for {path}", hint="set SWARMCHAIN_PASSWORD, or [keys] password_file in site.toml"
             )
         password = str(click.prompt(f"Password of {path}", hide_input=True))
-    return open_keystore(path, password)
+    return password
+
+
+def open_sealed(config: SiteConfig, contract: SwarmContract, run: int | None, key: SealKey | None) -> Store:
+    """The site's store: through its seal key, if it has one, for the members of a run or for all sites."""
+    from swarmchain.site import seal_store
+    from swarmchain.store import open_store
+
+    store = open_store(config)
+    return store if key is None else seal_store(store, key, contract, run)
 
 
 def connect(config: SiteConfig) -> SwarmContract:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
+from swarmchain.cli.common import (
+    connect,
+    example,
+    json_option,
+    load,
+    open_sealed,
+    print_json,
+    site_option,
+    unlock_seal_key,
+)
 
 if TYPE_CHECKING:
     from swarmchain.comparing import Comparison
@@ -27,10 +36,10 @@ def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> 
     from swarmchain.comparing import compare_site
     from swarmchain.evaluating import read_trained
     from swarmchain.keys import read_address
-    from swarmchain.store import Store
 
     config = load(site_file)
-    contract, store = connect(config), Store(config.store_url)
+    contract = connect(config)
+    store = open_sealed(config, contract, number, unlock_seal_key(config))
     view = contract.view_run(number)
     spec = read_trained(store, view)
     site = contract.get_site_index(read_address(config.resolve(config.keys.keystore)))

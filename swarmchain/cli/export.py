@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
+from swarmchain.cli.common import (
+    connect,
+    example,
+    json_option,
+    load,
+    open_sealed,
+    print_json,
+    site_option,
+    unlock_seal_key,
+)
 
 
 @click.command(epilog=example("swarmchain run export 2 --site north/site.toml --out model --evaluation 3"))
@@ -20,10 +29,10 @@ def export(number: int, site_file: Path, out: Path, evaluation: int | None, as_j
     """Write a run's model: checkpoint, spec, the certificate of how it came about, and a model card."""
     from swarmchain.evaluating import read_trained
     from swarmchain.release import build_release, draw_release, write_release
-    from swarmchain.store import Store
 
     config = load(site_file)
-    contract, store = connect(config), Store(config.store_url)
+    contract = connect(config)
+    store = open_sealed(config, contract, number, unlock_seal_key(config))
     view = contract.view_run(number)
     spec = read_trained(store, view)
     release = build_release(contract, store, view, spec, config=config,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, example, load, site_option
+from swarmchain.cli.common import connect, example, load, open_sealed, site_option, unlock_seal_key
 from swarmchain.config import write_file
 
 MODELS = ("perceptron", "attention", "deep_sets", "pseudobulk")
@@ -43,11 +43,12 @@ def donor(site_file: Path, source: int, kind: str, out: Path, **options: Any) ->
     """A run that trains a classifier of donors: condition or diagnosis, from one row or a bag of cells each."""
     from swarmchain.planning import plan_donor, read_statistics
     from swarmchain.spec import Limits, Training, encode_spec, parse_donor_model
-    from swarmchain.store import Store
 
     config = load(site_file)
-    store = Store(config.store_url)
-    view = connect(config).view_run(source)
+    contract = connect(config)
+    # every site must be able to read both before it joins
+    store = open_sealed(config, contract, None, unlock_seal_key(config))
+    view = contract.view_run(source)
     encoder = {"encoder": options["encoder"]} if kind in ("attention", "deep_sets") else {}
     spec, blob = plan_donor(
         read_statistics(store, view), view, name=options["name"], sites_per_feature_min=options["features_at"],

@@ -8,7 +8,19 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.common import (
+    ask_password,
+    connect,
+    example,
+    json_option,
+    load,
+    open_sealed,
+    print_json,
+    site_option,
+    unlock,
+    unlock_keystore,
+    unlock_seal_key,
+)
 from swarmchain.cli.compare import compare
 from swarmchain.cli.export import export
 from swarmchain.cli.new_donor import donor
@@ -122,11 +134,12 @@ def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, 
     from swarmchain.merging import parse_merge
     from swarmchain.planning import plan_cell_type, read_statistics, recommend_training
     from swarmchain.spec import Limits, Model, encode_spec
-    from swarmchain.store import Store
 
     config = load(site_file)
-    store = Store(config.store_url)
-    view = connect(config).view_run(source)
+    contract = connect(config)
+    # every site must be able to read both before it joins
+    store = open_sealed(config, contract, None, unlock_seal_key(config))
+    view = contract.view_run(source)
     statistics = read_statistics(store, view)
     training = recommend_training(statistics[0].normalization)
     spec, blob = plan_cell_type(
@@ -157,11 +170,11 @@ def evaluation(site_file: Path, trained: int, name: str, sites: int | None, cell
     """A run that sums how a finished model does on every site's validation cells."""
     from swarmchain.evaluating import plan_evaluation, read_trained
     from swarmchain.spec import encode_spec
-    from swarmchain.store import Store
+    from swarmchain.store import open_store
 
     config = load(site_file)
     view = connect(config).view_run(trained)
-    spec = plan_evaluation(read_trained(Store(config.store_url), view), view, name=name, sites_to_start=sites or 0,
+    spec = plan_evaluation(read_trained(open_store(config), view), view, name=name, sites_to_start=sites or 0,
                            cells_min=cells_min, right_share_min=right_share_min)
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.labels)} labels, {len(spec.temperatures)} temperatures; a site needs "
@@ -213,7 +226,7 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
     """Put a spec into the store and its digest on chain. It binds nobody until they join, the proposer included."""
     from swarmchain.site import open_site
     from swarmchain.spec import encode_spec, parse_spec
-    from swarmchain.store import Store
+    from swarmchain.store import open_store
 
     config = load(site_file)
     try:
@@ -222,7 +235,7 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
         raise ConfigError(f"cannot read {spec_file}: {exc.strerror}", hint="`swarmchain run new` writes one") from exc
     terms = Terms(commit_window, vote_window, sites_min, round(quorum * 10_000))
     with open_site(config, unlock(config)) as site:
-        digest = Store(config.store_url).put_blob(encode_spec(spec))
+        digest = open_store(config).put_blob(encode_spec(spec))
         number = site.contract.propose_run(site.signer, spec=digest, terms=terms)
     if as_json:
         print_json({"run": number, "spec": digest})
@@ -235,15 +248,21 @@ def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: i
 @site_option
 def join(number: int, site_file: Path) -> None:
     """Give this site's consent to a run, after checking that its data satisfy the spec."""
-    from swarmchain.site import open_site
-    from swarmchain.store import Store
+    from swarmchain.keys import find_password
+    from swarmchain.site import open_site, publish_seal_key
     from swarmchain.work import check_run
 
     config = load(site_file)
-    with open_site(config, unlock(config)) as site:
+    path = config.resolve(config.keys.keystore)
+    password = ask_password(path, find_password(config))
+    seal_key = unlock_seal_key(config, password)
+    with open_site(config, unlock_keystore(path, password)) as site:
         contract = site.contract
+        if seal_key is not None:
+            publish_seal_key(site, seal_key)  # first: what is sealed to this site is sealed to this key
         view = contract.view_run(number)
-        spec = check_run(config, Store(config.store_url), view, site=site.index, view_run=contract.view_run)
+        store = open_sealed(config, contract, number, seal_key)
+        spec = check_run(config, store, view, site=site.index, view_run=contract.view_run)
         contract.join_run(site.signer, number)
     click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
@@ -253,11 +272,11 @@ def join(number: int, site_file: Path) -> None:
 @json_option
 def list_runs(site_file: Path, as_json: bool) -> None:
     """The consortium's runs."""
-    from swarmchain.store import Store, read_spec
+    from swarmchain.store import open_store, read_spec
 
     config = load(site_file)
     contract = connect(config)
-    store = Store(config.store_url)
+    store = open_store(config)
     rows: list[dict[str, Any]] = []
     for number in range(1, contract.get_run_count() + 1):
         view = contract.view_run(number)

@@ -41,7 +41,7 @@ def init(name: str, folder: Path, data: Path, label_column: str, labels: Path | 
          as_json: bool) -> None:
     """Write site.toml, an encrypted keystore, and the card to hand to the other sites."""
     from swarmchain.data import read_names
-    from swarmchain.keys import PASSWORD_VARIABLE, create_keystore, read_password_file
+    from swarmchain.keys import PASSWORD_VARIABLE, create_keystore, create_seal_key, read_password_file
 
     target = folder / "site.toml"
     if target.exists():
@@ -57,12 +57,13 @@ def init(name: str, folder: Path, data: Path, label_column: str, labels: Path | 
     if password is None:
         password = click.prompt("Password for the new keystore", hide_input=True, confirmation_prompt=True)
     address = create_keystore(folder / "keystore.json", password)
+    create_seal_key(folder / "seal-key.json", password)
     card = SiteCard(name=name, address=address, features=tuple(features), labels=tuple(classes))
     write_file(folder / "site-card.json", card.model_dump_json().encode() + b"\n")
     text = render_site_toml(
         name=name, rpc_url=rpc_url, deployment=_relative(deployment, folder), store=store,
         data=_relative(data, folder), label_column=label_column, donor_column=donor_column, sample_column=sample_column,
-        labels=_relative(labels, folder) if labels else None,
+        labels=_relative(labels, folder) if labels else None, seal_key="seal-key.json",
         password_file=_relative(password_file, folder) if password_file else None,
     )
     write_file(target, text.encode())
@@ -70,7 +71,8 @@ def init(name: str, folder: Path, data: Path, label_column: str, labels: Path | 
         print_json({"site": str(target), "address": address, "features": len(features), "labels": classes})
     else:
         click.echo(f"{name}: address {address}, {len(features)} features, {len(classes)} labels\n"
-                   f"wrote {target}, keystore.json (keep it and its password safe) and site-card.json (hand it out)")
+                   f"wrote {target}, keystore.json and seal-key.json (keep both and their password safe)\n"
+                   "and site-card.json (hand it out)")
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
+from swarmchain.cli.common import (
+    connect,
+    example,
+    json_option,
+    load,
+    open_sealed,
+    print_json,
+    site_option,
+    unlock_seal_key,
+)
 
 FLAVORS = ("seurat", "cell_ranger")
 
@@ -26,11 +35,11 @@ def statistics(number: int, site_file: Path, features_at: int, flavor: Any, as_j
     Donors count at every site that knows its donors; somebody who gave cells at two sites counts twice.
     """
     from swarmchain.planning import read_statistics, summarize_statistics
-    from swarmchain.store import Store
 
     config = load(site_file)
-    view = connect(config).view_run(number)
-    source = read_statistics(Store(config.store_url), view)
+    contract = connect(config)
+    view = contract.view_run(number)
+    source = read_statistics(open_sealed(config, contract, number, unlock_seal_key(config)), view)
     found = {"run": number, "checkpoint": view.checkpoint,
              **summarize_statistics(*source, sites_min=features_at, flavor=flavor)}
     if as_json:

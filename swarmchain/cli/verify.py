@@ -41,15 +41,17 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
     """
     from swarmchain.audit import audit_run, read_record
     from swarmchain.page import write_audit
-    from swarmchain.store import Store
+    from swarmchain.store import Store, open_store
 
+    store = None
     if site_file is not None:
         config = load(site_file)
         rpc_urls = rpc_urls or tuple(config.rpc_urls)
-        deployment, store_url = deployment or config.resolve(config.chain.deployment), store_url or config.store_url
-    if not rpc_urls or deployment is None or store_url is None:
+        deployment = deployment or config.resolve(config.chain.deployment)
+        store = open_store(config) if store_url is None else None
+    if not rpc_urls or deployment is None or (store is None and store_url is None):
         raise ConfigError("where are chain and store?", hint="give --rpc, --deployment and --store, or --site")
-    record, store = read_record(_open(rpc_urls, deployment), number), Store(store_url)
+    record, store = read_record(_open(rpc_urls, deployment), number), store or Store(str(store_url))
     say = _print_round if not as_json else (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="swarmchain-verify-") as folder:
         audit = audit_run(record, store, spool_folder=Path(folder), is_fast=is_fast, say=say)
