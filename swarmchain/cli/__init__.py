@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import click
 
 from swarmchain import __version__
 from swarmchain.cli.agent import agent
 from swarmchain.cli.chain import deploy, devchain
+from swarmchain.cli.consortium import consortium
 from swarmchain.cli.demo import demo
 from swarmchain.cli.run import run
 from swarmchain.cli.site import site
@@ -26,14 +28,14 @@ def cli() -> None:
     """Hospitals train one single-cell model together: no data shared, no one in charge, every merge verifiable."""
 
 
-for command in (demo, devchain, deploy, site, run, agent, status):
+for command in (demo, devchain, deploy, site, consortium, run, agent, status):
     cli.add_command(command)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an expected failure is one line and a hint, anything else keeps its traceback."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(arguments, prog_name="swarmchain", standalone_mode=False)
     except SwarmError as exc:
         click.echo(f"Error: {exc.message}", err=True)
         if exc.hint:
