@@ -8,13 +8,17 @@ from pathlib import Path
 import click
 
 from swarmchain.cli.common import example, json_option, print_json
+from swarmchain.cli.doctor import doctor
 from swarmchain.config import SiteCard, render_site_toml, write_file
 from swarmchain.errors import ConfigError
 
 
 @click.group()
 def site() -> None:
-    """Set up a site."""
+    """Set up a site, and examine it."""
+
+
+site.add_command(doctor)
 
 
 @site.command(epilog=example(
