@@ -2,6 +2,7 @@
 
     blobs/<first two hex digits>/<sha256>     specs, checkpoints, contributions, manifests
     openings/<commitment>                     named by the commitment, which authenticates them
+    cards/<address>.json                      names of a site's features and labels, for whoever plans a run
 
 The store is not trusted: every read is size-limited and hashed again. Every write is whole or not at all: a folder
 gets a temporary file that is renamed, object stores do so by themselves.
@@ -28,6 +29,8 @@ from swarmchain.protocol import MANIFEST_BYTES_MAX, OPENING_BYTES_MAX, Manifest,
 from swarmchain.spec import SPEC_BYTES_MAX, Spec, parse_spec
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_CARD = re.compile(r"0x[0-9a-f]{40}\.json")
+CARD_BYTES_MAX = 16 << 20
 # What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -152,6 +155,21 @@ class Store:
         """Whether something lies under this commitment."""
         return self._exists(self._opening_path(commitment))
 
+    def put_card(self, address: str, data: bytes) -> None:
+        """Hand a site's card to the other sites. Anyone can write here: whoever reads it compares the address."""
+        self._write(self._card_path(address), data)
+
+    def get_card(self, address: str) -> bytes:
+        """Fetch what lies under a site's address; see `put_card`. Raises as `get_blob` does."""
+        return self._read(self._card_path(address), bytes_max=CARD_BYTES_MAX)
+
+    def list_cards(self) -> list[str]:
+        """Addresses, in lower case, of the sites that have handed in a card."""
+        root = f"{self._root}/cards"
+        found = self._call(root, "list", self._fs.find, root) if self._exists(root) else []
+        names = (path.rsplit("/", 1)[-1] for path in found)
+        return sorted(name.removesuffix(".json") for name in names if _CARD.fullmatch(name))
+
     def require_writable(self) -> None:
         """Write, read back and remove a small file.
 
@@ -170,6 +188,12 @@ class Store:
 
     def _opening_path(self, commitment: str) -> str:
         return f"{self._root}/openings/{_require_hex(commitment)}"
+
+    def _card_path(self, address: str) -> str:
+        name = f"{address.lower()}.json"
+        if not _CARD.fullmatch(name):
+            raise StoreError(f"{address!r} is no address")
+        return f"{self._root}/cards/{name}"
 
     def _exists(self, path: str) -> bool:
         # for a folder not fsspec's own: it works the path out anew each time, and agents look often

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from swarmchain.cli.common import example, json_option, load, site_option, stop_on_signals, unlock
+from swarmchain.cli.consent import give_consent, yes_option
 from swarmchain.config import require_paths
 from swarmchain.keys import lock_keystore
 
@@ -18,8 +19,11 @@ from swarmchain.keys import lock_keystore
 @site_option
 @click.option("--run", "runs", type=click.IntRange(min=1), multiple=True,
               help="Work on this run and end with it; repeatable. Default: every run the site joined, for good.")
+@click.option("--join", "joins", type=click.IntRange(min=1), multiple=True,
+              help="First give this site's consent to this run, as `run join` does; repeatable.")
+@yes_option
 @json_option
-def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
+def agent(site_file: Path, runs: tuple[int, ...], joins: tuple[int, ...], is_agreed: bool, as_json: bool) -> None:
     """Do one site's duties: train, commit, merge, vote. Safe to kill and to start again at any moment."""
     stopping = stop_on_signals()
     config = load(site_file)
@@ -36,6 +40,8 @@ def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
     with lock_keystore(path), open_site(config, unlock(config)) as site:
         store = Store(config.store_url)
         store.require_writable()
+        for number in joins:
+            give_consent(site, store, number, is_agreed=is_agreed, is_quiet=as_json)
         log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
              "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})
         Agent(site, store, log=log).run(runs, stopping=stopping)

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option, unlock
+from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
+from swarmchain.cli.consent import join, leave, stop
+from swarmchain.cli.plans import cell_type_options, make_cell_type, merge_options
+from swarmchain.cli.propose import propose, start
 from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
-from swarmchain.protocol import Terms
-
-# what the spec offers, without its libraries: help must come at once
-MERGES = ("clipped_mean", "mean", "coordinate_median", "trimmed_mean", "geometric_median", "multi_krum",
-          "centered_clipping")
-CODECS = ("float32", "float16", "int8")
-OUTERS = ("none", "momentum", "nesterov", "fedadam")
-
-
-def merge_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How contributions travel and become a checkpoint; the finer settings stand in the spec that is written."""
-    for name, choices, words in (("--outer", OUTERS, "Outer optimiser on the merged delta."),
-                                 ("--codec", CODECS, "How contributions are coded."),
-                                 ("--merge", MERGES, "Merge method; docs/merge.md tells what each is for.")):
-        default, kind = choices[0], click.Choice(choices)
-        into = ["method"] if name == "--merge" else []
-        command = click.option(name, *into, type=kind, default=default, show_default=True, help=words)(command)
-    return command
 
 
 @click.group()
 def run() -> None:
-    """Plan, propose, join, list, export and verify runs."""
+    """Plan, propose, join, watch, leave, list, export and verify runs."""
 
 
-run.add_command(verify)
+for command in (verify, propose, start, join, leave, stop):
+    run.add_command(command)
 
 
 @run.group()
@@ -66,35 +51,13 @@ def statistics(cards: tuple[Path, ...], name: str, out: Path) -> None:
 @new.command("cell-type", epilog=example(
     "swarmchain run new cell-type --site north/site.toml --statistics 1 --rounds 12", "--out training.json"))
 @site_option
-@click.option("--statistics", "source", type=click.IntRange(min=1), required=True, help="A finished statistics run.")
-@click.option("--name", default="cell types", show_default=True, help="What the sites call it.")
-@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds to train.")
-@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Minibatches per round.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True,
-              help="Learning rate in the first round.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness in training.")
-@click.option("--features-at", type=click.IntRange(min=1), default=2, show_default=True,
-              help="Panel: features that at least so many sites have.")
-@merge_options
+@cell_type_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float, seed: int, features_at: int,
-              out: Path, **merging: Any) -> None:
+def cell_type(site_file: Path, out: Path, **options: Any) -> None:
     """A run that trains a cell-type classifier on what a statistics run found."""
-    from swarmchain.merging import parse_merge
-    from swarmchain.planning import plan_cell_type, read_statistics
-    from swarmchain.spec import Limits, Training, encode_spec
-    from swarmchain.store import Store
+    from swarmchain.spec import encode_spec
 
-    config = load(site_file)
-    store = Store(config.store_url)
-    view = connect(config).view_run(source)
-    spec, blob = plan_cell_type(
-        read_statistics(store, view), view, name=name, sites_per_feature_min=features_at,
-        limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
-        training=Training(seed=seed, steps=steps, lr=lr), codec=merging["codec"],
-        merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
-    )
-    store.put_blob(blob)
+    spec = make_cell_type(load(site_file), **options)
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels; "
                f"seed checkpoint {spec.seed_checkpoint[:12]}… is in the store")
@@ -124,59 +87,6 @@ def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed:
     parse_spec(data)
     write_file(out, data)
     click.echo(f"wrote {out}: layers {' × '.join(map(str, widths))}, {rounds} rounds, no cells")
-
-
-@run.command(epilog=example("swarmchain run propose --site north/site.toml --spec training.json"))
-@site_option
-@click.option("--spec", "spec_file", type=click.Path(path_type=Path), required=True,
-              help="Spec, as `run new` wrote it.")
-@click.option("--commit-window", type=click.IntRange(min=1), default=3600, show_default=True,
-              help="Seconds that a round waits for contributions.")
-@click.option("--vote-window", type=click.IntRange(min=1), default=1800, show_default=True,
-              help="Seconds that a round waits for votes.")
-@click.option("--sites-min", type=click.IntRange(min=1), default=2, show_default=True,
-              help="Contributions that a round needs.")
-@click.option("--quorum", type=click.FloatRange(0, 1), default=0.0, show_default=True,
-              help="Share of the members that must accept a checkpoint; a majority in any case.")
-@json_option
-def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: int, sites_min: int, quorum: float,
-            as_json: bool) -> None:
-    """Put a spec into the store and its digest on chain. It binds nobody until they join, the proposer included."""
-    from swarmchain.site import open_site
-    from swarmchain.spec import encode_spec, parse_spec
-    from swarmchain.store import Store
-
-    config = load(site_file)
-    try:
-        spec = parse_spec(spec_file.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"cannot read {spec_file}: {exc.strerror}", hint="`swarmchain run new` writes one") from exc
-    terms = Terms(commit_window, vote_window, sites_min, round(quorum * 10_000))
-    with open_site(config, unlock(config)) as site:
-        digest = Store(config.store_url).put_blob(encode_spec(spec))
-        number = site.contract.propose_run(site.signer, spec=digest, terms=terms)
-    if as_json:
-        print_json({"run": number, "spec": digest})
-    else:
-        click.echo(f"run {number} proposed: {spec.task} “{spec.name}”, spec {digest[:12]}…")
-
-
-@run.command(epilog=example("swarmchain run join 1 --site north/site.toml"))
-@click.argument("number", type=click.IntRange(min=1))
-@site_option
-def join(number: int, site_file: Path) -> None:
-    """Give this site's consent to a run, after checking that its data satisfy the spec."""
-    from swarmchain.site import open_site
-    from swarmchain.store import Store
-    from swarmchain.work import check_run
-
-    config = load(site_file)
-    with open_site(config, unlock(config)) as site:
-        contract = site.contract
-        view = contract.view_run(number)
-        spec = check_run(config, Store(config.store_url), view, site=site.index, view_run=contract.view_run)
-        contract.join_run(site.signer, number)
-    click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
 
 @run.command("list", epilog=example("swarmchain run list --site north/site.toml --json"))

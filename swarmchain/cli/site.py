@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import example, json_option, print_json
+from swarmchain.cli.common import example, json_option, load, print_json, site_option
 from swarmchain.cli.doctor import doctor
 from swarmchain.config import SiteCard, render_site_toml, write_file
-from swarmchain.errors import ConfigError
+from swarmchain.errors import ConfigError, StoreError, Unreachable
 
 
 @click.group()
@@ -36,36 +36,78 @@ site.add_command(doctor)
 @json_option
 def init(name: str, folder: Path, data: Path, label_column: str, store: str, rpc_url: str, deployment: Path,
          password_file: Path | None, as_json: bool) -> None:
-    """Write site.toml, an encrypted keystore, and the card to hand to the other sites."""
+    """Write site.toml, an encrypted keystore, and the card for the other sites, which goes into the store too.
+
+    Once done, the same command changes nothing and says so.
+    """
     from swarmchain.data import read_names
     from swarmchain.keys import PASSWORD_VARIABLE, create_keystore, read_password_file
 
     target = folder / "site.toml"
-    if target.exists():
-        raise ConfigError(f"{target} exists already", hint="use another --folder, or edit the file")
     if not 1 <= len(name.encode()) <= 32:
         raise ConfigError(f"the site name {name!r} is not 1 to 32 bytes long", hint="shorten it")
-    features, labels = read_names(data, label_column)
     if "://" not in store:
-        Path(store).mkdir(parents=True, exist_ok=True)
         store = _relative(Path(store), folder)
-    password = read_password_file(password_file) if password_file else os.environ.get(PASSWORD_VARIABLE)
-    if password is None:
-        password = click.prompt("Password for the new keystore", hide_input=True, confirmation_prompt=True)
-    address = create_keystore(folder / "keystore.json", password)
-    card = SiteCard(name=name, address=address, features=tuple(features), labels=tuple(labels))
-    write_file(folder / "site-card.json", card.model_dump_json().encode() + b"\n")
     text = render_site_toml(
         name=name, rpc_url=rpc_url, deployment=_relative(deployment, folder), store=store,
         data=_relative(data, folder), label_column=label_column,
         password_file=_relative(password_file, folder) if password_file else None,
     )
+    if target.exists():
+        if target.read_text(encoding="utf-8") != text or not (folder / "keystore.json").exists():
+            raise ConfigError(f"{target} exists already, with other settings",
+                              hint="use another --folder, or edit the file")
+        _tell(_publish_card(target), told="is set up already", as_json=as_json, target=target)
+        return
+    read_names(data, label_column)  # says what is wrong with the file before anything is written
+    password = read_password_file(password_file) if password_file else os.environ.get(PASSWORD_VARIABLE)
+    if password is None:
+        password = click.prompt("Password for the new keystore", hide_input=True, confirmation_prompt=True)
+    create_keystore(folder / "keystore.json", password)
     write_file(target, text.encode())
+    if "://" not in store:
+        (folder / store).mkdir(parents=True, exist_ok=True)
+    _tell(_publish_card(target), told="is set up", as_json=as_json, target=target)
+
+
+@site.command(epilog=example("swarmchain site card --site north/site.toml"))
+@site_option
+@json_option
+def card(site_file: Path, as_json: bool) -> None:
+    """Write the site's card anew, after a change of data or [data.label_map], and put it into the store."""
+    _tell(_publish_card(site_file), told="has a new card", as_json=as_json, target=site_file)
+
+
+def _publish_card(site_file: Path) -> SiteCard:
+    """The card as the site's settings and data give it, on disk and in the store; a store may also come later."""
+    from swarmchain.data import read_names
+    from swarmchain.keys import read_address
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    if config.data is None:
+        raise ConfigError(f"{site_file} has no [data] section", hint="name the site's AnnData file there")
+    features, labels = read_names(config.resolve(config.data.path), config.data.label_column)
+    renamed = sorted({config.data.label_map.get(label, label) for label in labels} - {""})
+    found = SiteCard(name=config.name, address=read_address(config.resolve(config.keys.keystore)),
+                     features=tuple(features), labels=tuple(renamed))
+    data = found.model_dump_json().encode() + b"\n"
+    write_file(config.resolve("site-card.json"), data)
+    try:
+        Store(config.store_url).put_card(found.address, data)
+    except (StoreError, Unreachable) as exc:
+        click.echo(f"the card is not in the store yet: {exc.message}; `swarmchain site card` tries again", err=True)
+    return found
+
+
+def _tell(found: SiteCard, *, told: str, as_json: bool, target: Path) -> None:
     if as_json:
-        print_json({"site": str(target), "address": address, "features": len(features), "labels": labels})
+        print_json({"site": str(target), "address": found.address, "features": len(found.features),
+                    "labels": found.labels, "told": told})
     else:
-        click.echo(f"{name}: address {address}, {len(features)} features, {len(labels)} labels\n"
-                   f"wrote {target}, keystore.json (keep it and its password safe) and site-card.json (hand it out)")
+        click.echo(f"{found.name} {told}: address {found.address}, {len(found.features)} features, "
+                   f"{len(found.labels)} labels\n"
+                   f"see {target}, keystore.json (keep it and its password safe) and site-card.json (for the others)")
 
 
 def _relative(path: Path, folder: Path) -> str:
