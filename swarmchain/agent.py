@@ -55,13 +55,18 @@ class Agent:
         Receives every event as a dictionary with `event` and what belongs to it.
     now
         Seconds since 1970, to tell the age of the newest block; nothing is decided by it.
+    on_duty
+        Is told of each duty before it is done, and of the seconds that it may take before something is wrong.
     """
 
-    def __init__(self, site: Site, store: Store, *, log: Log, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, site: Site, store: Store, *, log: Log, now: Callable[[], float] = time.time,
+                 on_duty: Callable[[str, float], None] = lambda duty, allowed_s: None) -> None:
         self.site = site
         self.store = store
         self.log = log
+        self.head = -1
         self._now = now
+        self._on_duty = on_duty
         self._following: dict[int, Following] = {}
         self._not_ours: dict[int, int] = {}
         self._ended: dict[int, SwarmError | None] = {}
@@ -104,11 +109,15 @@ class Agent:
             if (problem := self._ended.get(run)) is not None:
                 raise problem
 
+    def get_views(self) -> list[RunView]:
+        """The runs that it works on, as it last saw them."""
+        return [found.view for found in self._following.values()]
+
     def _turn(self, runs: Sequence[int]) -> bool:
         """One duty in each run at most; whether there was any."""
         self._check_health()
         self.site.outbox.settle(self.site.signer)
-        head = self.site.contract.node.read_head()
+        head = self.head = self.site.contract.node.read_head()
         if not runs and self._runs[0] != head:
             self._runs = (head, self.site.contract.get_run_count())
         following = runs or range(1, self._runs[1] + 1)
@@ -142,6 +151,7 @@ class Agent:
             duty = self._decide(found) if found else Duty.WAIT
         if found is None or duty is Duty.WAIT:
             return Duty.WAIT
+        self._on_duty(duty.value, found.view.terms.commit_window_s + found.view.terms.vote_window_s)
         problem = act(duty, found, self.site, self.store, log=self.log)
         found.head = -1
         if duty is Duty.DONE:

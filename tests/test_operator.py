@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 from conftest import write_cells
+from prometheus_client.parser import text_string_to_metric_families
 
 from swarmchain.agent import Agent
 from swarmchain.cli import main
@@ -22,6 +24,8 @@ from swarmchain.config import SiteCard, read_site_config
 from swarmchain.consortium import Consortium, LocalSite, start_consortium
 from swarmchain.describe import FIELDS, UNSPOKEN, compare_specs, describe_duration, describe_spec
 from swarmchain.doctor import Finding, compute_exit_code, examine_site
+from swarmchain.errors import ConfigError
+from swarmchain.health import Monitor, parse_address, serve
 from swarmchain.keys import create_keystore, find_password, open_keystore
 from swarmchain.merging import Mean
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
@@ -39,6 +43,7 @@ from swarmchain.spec import (
     encode_spec,
 )
 from swarmchain.store import Store, read_spec
+from swarmchain.timing import KINDS
 
 # everything that any command of this file printed; a test at its end searches it
 SAID: list[str] = []
@@ -143,12 +148,26 @@ def examine(toml: Path, **options: Any) -> dict[str, list[Finding]]:
     return found
 
 
-def work(swarm: Consortium, run: int, events: list[dict[str, Any]] | None = None) -> None:
+def work(swarm: Consortium, run: int, events: list[dict[str, Any]] | None = None, *, monitor: Monitor | None = None
+         ) -> None:
     """All agents at work on one run until it is over, as threads: their libraries are loaded already."""
     def one(site: LocalSite) -> None:
         config = read_site_config(site.toml)
+        seen = monitor if site is swarm.sites[0] and monitor is not None else Monitor()
+
+        def log(event: dict[str, Any]) -> None:
+            seen.take(event)
+            if events is not None:
+                events.append(event)
+
+        def turn() -> bool:
+            seen.turn(head=agent.head, views=agent.get_views(), sent={"up": store.bytes_up, "down": store.bytes_down})
+            return False
+
         with open_site(config, site.signer) as opened:
-            Agent(opened, Store(config.store_url), log=(events if events is not None else []).append).run([run])
+            store = Store(config.store_url)
+            agent = Agent(opened, store, log=log, on_duty=seen.begin)
+            agent.run([run], stopping=turn)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(one, swarm.sites))
@@ -358,6 +377,61 @@ def test_doctor_sees_a_pending_removal(swarm: Consortium, sites: Path) -> None:
     found = examine(sites / "East" / "site.toml")["membership"]
     assert [f.status for f in found] == ["ok", "warning"] and "remove this site" in found[1].words
     assert nonces == [contract.node.get_nonce(s.signer.address) for s in swarm.sites]
+
+
+# -- health and metrics
+
+
+def ask(port: int, path: str) -> tuple[int, str]:
+    answer = urllib3.PoolManager().request("GET", f"http://127.0.0.1:{port}{path}", retries=False)
+    return answer.status, answer.data.decode()
+
+
+def test_metrics_of_an_agent_at_work(swarm: Consortium, sites: Path) -> None:
+    """Three agents, one of them watched over HTTP while it works and after."""
+    run = swarm.propose(REHEARSAL)
+    monitor, events = Monitor(), []
+    with serve(monitor, "127.0.0.1:0") as (host, port):
+        work(swarm, run, events, monitor=monitor)
+        assert (host, ask(port, "/healthz")[0]) == ("127.0.0.1", 200)
+        status, text = ask(port, "/metrics")
+        assert ask(port, "/elsewhere")[0] == 404
+    values = {family.name: family for family in text_string_to_metric_families(text)}
+    rounds = {s.labels["outcome"]: s.value for s in values["swarmchain_rounds"].samples if s.name.endswith("_total")}
+    assert status == 200 and rounds == {"finalized": 2.0, "rejected": 0.0, "expired": 0.0}
+    assert {s.labels["kind"] for s in values["swarmchain_work_seconds"].samples} == {*KINDS, "wait"}
+    assert sum(s.value for s in values["swarmchain_store_bytes"].samples if s.name.endswith("_total")) > 0
+    assert "cell" not in text and "samples" not in text
+
+
+def test_health_tells_stuck_from_waiting_and_from_training() -> None:
+    seconds = [0.0]
+    monitor = Monitor(clock=lambda: seconds[0])
+    monitor.turn(head=1, views=[], sent={})
+    assert monitor.judge()[0]
+    monitor.begin("contribute", 5_400)
+    seconds[0] = 5_000
+    assert monitor.judge()[0] and monitor.judge()[1]["duty"] == "contribute"
+    monitor.turn(head=1, views=[], sent={})
+    seconds[0] = 5_200
+    assert monitor.judge()[1]["state"] == "stuck"
+    monitor.turn(head=2, views=[], sent={})
+    monitor.take({"event": "unreachable", "reason": "no Ethereum node answers"})
+    is_well, told = monitor.judge()
+    assert not is_well and (told["state"], told["reason"]) == ("waiting", "no Ethereum node answers")
+    seconds[0] += 46
+    assert monitor.judge()[0]
+
+
+@pytest.mark.parametrize("text", ["9464", "host:", "127.0.0.1:70000", "http://127.0.0.1:1", "a:b"])
+def test_invalid_metrics_address(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no host:port"):
+        parse_address(text)
+
+
+def test_invalid_metrics_port_that_is_taken() -> None:
+    with serve(Monitor(), ":0") as (_, port), pytest.raises(ConfigError, match="cannot listen"):
+        serve(Monitor(), f":{port}").__enter__()
 
 
 # -- a spec in words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -22,8 +23,11 @@ from swarmchain.keys import lock_keystore
 @click.option("--join", "joins", type=click.IntRange(min=1), multiple=True,
               help="First give this site's consent to this run, as `run join` does; repeatable.")
 @yes_option
+@click.option("--metrics", envvar="SWARMCHAIN_METRICS",
+              help="host:port for /healthz and Prometheus' /metrics. Default: [agent] metrics; off without it.")
 @json_option
-def agent(site_file: Path, runs: tuple[int, ...], joins: tuple[int, ...], is_agreed: bool, as_json: bool) -> None:
+def agent(site_file: Path, runs: tuple[int, ...], joins: tuple[int, ...], is_agreed: bool, metrics: str | None,
+          as_json: bool) -> None:
     """Do one site's duties: train, commit, merge, vote. Safe to kill and to start again at any moment."""
     stopping = stop_on_signals()
     config = load(site_file)
@@ -34,20 +38,44 @@ def agent(site_file: Path, runs: tuple[int, ...], joins: tuple[int, ...], is_agr
     from swarmchain.site import open_site
     from swarmchain.store import Store
 
+    monitor, address = None, metrics or config.agent.metrics
+    if address:
+        from swarmchain.health import Monitor
+
+        monitor = Monitor()
+
     def log(event: dict[str, Any]) -> None:
+        if monitor is not None:
+            monitor.take(event)
         click.echo(json.dumps({"time": round(time.time(), 3), **event}) if as_json else describe_event(event))
 
-    with lock_keystore(path), open_site(config, unlock(config)) as site:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_keystore(path))
+        site = stack.enter_context(open_site(config, unlock(config)))
         store = Store(config.store_url)
         store.require_writable()
         for number in joins:
             give_consent(site, store, number, is_agreed=is_agreed, is_quiet=as_json)
+        worker = Agent(site, store, log=log, on_duty=monitor.begin if monitor else lambda duty, allowed_s: None)
+        if monitor is not None and address:
+            from swarmchain.health import serve
+
+            host, port = stack.enter_context(serve(monitor, address))
+            log({"event": "listening", "host": host, "port": port})
         log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
              "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})
-        Agent(site, store, log=log).run(runs, stopping=stopping)
+
+        def stopping_now() -> bool:
+            if monitor is not None:
+                monitor.turn(head=worker.head, views=worker.get_views(),
+                             sent={"up": store.bytes_up, "down": store.bytes_down})
+            return stopping()
+
+        worker.run(runs, stopping=stopping_now)
 
 
 WORDS = {
+    "listening": "health and metrics at http://{host}:{port}/healthz and /metrics",
     "started": "{name}: site {site}, {address}, at work; {client}, profile {profile}",
     "run": "takes part: {told}",
     "opened": "opened",
