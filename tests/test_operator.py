@@ -44,6 +44,7 @@ from swarmchain.spec import (
 )
 from swarmchain.store import Store, read_spec
 from swarmchain.timing import KINDS
+from swarmchain.watching import RunWatch
 
 # everything that any command of this file printed; a test at its end searches it
 SAID: list[str] = []
@@ -377,6 +378,72 @@ def test_doctor_sees_a_pending_removal(swarm: Consortium, sites: Path) -> None:
     found = examine(sites / "East" / "site.toml")["membership"]
     assert [f.status for f in found] == ["ok", "warning"] and "remove this site" in found[1].words
     assert nonces == [contract.node.get_nonce(s.signer.address) for s in swarm.sites]
+
+
+# -- consent, and watching
+
+
+def test_join_shows_the_spec_and_needs_consent(swarm: Consortium, trained: tuple[int, int], sites: Path) -> None:
+    run, site = trained[1], ("--site", "South/site.toml")
+    said = swarmchain("run", "join", run, *site, folder=sites, code=1)
+    for words in ("leaves the site", "changes of the network's", "12 features", "proposed by",
+                  "North", "stands on", "the statistics of run", "nobody is there to consent", "add --yes"):
+        assert words in said, words
+    assert 2 not in swarm.contract.view_run(run).joined
+    assert f"South joined run {run}" in swarmchain("run", "join", run, *site, "--yes", folder=sites)
+    assert f"South has joined run {run} already" in swarmchain("run", "join", run, *site, folder=sites)
+    assert read_json("run", "join", run, *site, folder=sites)["told"] == "joined already"
+    assert f"South left run {run}" in swarmchain("run", "leave", run, *site, folder=sites)
+    assert f"South is not in run {run}" in swarmchain("run", "stop", run, *site, folder=sites)
+
+
+def test_proposing_twice_is_once_and_differences_are_told(swarm: Consortium, trained: tuple[int, int], sites: Path
+                                                          ) -> None:
+    spec = read_spec(swarm.store, swarm.contract.view_run(trained[1]).spec)
+    other = spec.model_copy(update={"name": "more steps", "training": Training(steps=9, batch_size=16)})
+    write_spec(sites / "other.json", other)
+    words = ("run", "propose", "--site", "East/site.toml", "--spec", "other.json", "--like", trained[1])
+    first = read_json(*words, folder=sites)
+    assert first["told"] == "proposed" and {d["field"]: d["words"] for d in first["differences"]} == {
+        "name": "types → more steps", "training.steps": "8 → 9"}
+    again = swarmchain(*words, folder=sites)
+    assert f"run {first['run']} is proposed already" in again
+    assert f"unlike run {trained[1]}  training.steps: 8 → 9" in again
+
+
+def test_study_from_cards_in_the_store(swarm: Consortium, sites: Path) -> None:
+    """run start plans, proposes and joins; a card that is not the site's is refused."""
+    for site in swarm.sites:
+        swarmchain("site", "card", "--site", f"{site.name}/site.toml", folder=sites)
+    start = ("run", "start", "statistics", "--site", "North/site.toml", "--name", "from cards")
+    assert "nobody is there to consent" in swarmchain(*start, folder=sites, code=1)
+    found = read_json(*start, "--yes", folder=sites)
+    assert found["told"] == "joined" and found["proposed"] is False  # the first try proposed it
+    again = read_json(*start, "--yes", folder=sites)
+    assert (again["run"], again["told"]) == (found["run"], "joined already")
+    path = sites / "store" / "cards" / f"{swarm.sites[1].signer.address.lower()}.json"
+    good = path.read_bytes()
+    for bad, words in ((swarm.sites[2].card.model_dump_json().encode(), "is that of South"), (b"{}", "is none"),
+                       (None, "holds no card of East")):
+        path.unlink() if bad is None else path.write_bytes(bad)
+        assert words in swarmchain(*start, folder=sites, code=1)
+    path.write_bytes(good)
+
+
+def test_watch_tells_each_change_and_ends_with_the_run(swarm: Consortium, sites: Path) -> None:
+    run = swarm.propose(REHEARSAL.model_copy(update={"name": "watched"}))
+    before = swarmchain("run", "watch", run, "--site", "North/site.toml", "--once", folder=sites)
+    assert f"run {run}  waits for sites: North, East, South joined" in before
+    watched = RunWatch(swarm.contract, swarm.store, run)
+    watched.look()
+    work(swarm, run)
+    end = watched.look()
+    assert (end.round, end.phase, end.missing, end.is_over, end.rounds) == (2, "CLOSED", (), True, 2)
+    assert end.committed == end.voted == ("North", "East", "South") and end.gas > 200_000
+    said = swarmchain("run", "watch", run, "--site", "North/site.toml", "--json", folder=sites).splitlines()
+    assert len(said) == 1 and json.loads(said[0])["checkpoint"] == swarm.contract.view_run(run).checkpoint
+    assert "over; checkpoint " in swarmchain("run", "watch", run, "--site", "North/site.toml", folder=sites)
+    assert "there is no run 999" in swarmchain("run", "watch", 999, "--site", "North/site.toml", folder=sites, code=1)
 
 
 # -- health and metrics

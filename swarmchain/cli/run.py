@@ -12,6 +12,7 @@ from swarmchain.cli.consent import join, leave, stop
 from swarmchain.cli.plans import cell_type_options, make_cell_type, merge_options
 from swarmchain.cli.propose import propose, start
 from swarmchain.cli.verify import verify
+from swarmchain.cli.watch import watch
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
 
@@ -21,7 +22,7 @@ def run() -> None:
     """Plan, propose, join, watch, leave, list, export and verify runs."""
 
 
-for command in (verify, propose, start, join, leave, stop):
+for command in (verify, propose, start, join, leave, stop, watch):
     run.add_command(command)
 
 
