@@ -7,9 +7,10 @@ import io
 import json
 import re
 import shutil
+import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from swarmchain.health import Monitor, parse_address, serve
 from swarmchain.keys import create_keystore, find_password, open_keystore
 from swarmchain.merging import Mean
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
-from swarmchain.protocol import Change, Terms
+from swarmchain.protocol import Change, Phase, Terms
 from swarmchain.site import open_site
 from swarmchain.spec import (
     CellTypeSpec,
@@ -62,10 +63,12 @@ TRAINING = CellTypeSpec(name="types", panel=STATISTICS.panel, labels=STATISTICS.
 
 def swarmchain(*words: object, folder: Path, code: int = 0) -> str:
     """One command, without a terminal; standard output and error together."""
-    said = io.StringIO()
+    said, handlers = io.StringIO(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said),
           pytest.raises(SystemExit) as end):
         main([str(word) for word in words])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     SAID.append(said.getvalue())
     assert end.value.code == code, said.getvalue()
     return said.getvalue()
@@ -175,9 +178,9 @@ def examine(toml: Path, **options: Any) -> dict[str, list[Finding]]:
     return found
 
 
-def work(swarm: Consortium, run: int, events: list[dict[str, Any]] | None = None, *, monitor: Monitor | None = None
-         ) -> None:
-    """All agents at work on one run until it is over, as threads: their libraries are loaded already."""
+def work(swarm: Consortium, run: int, events: list[dict[str, Any]] | None = None, *, monitor: Monitor | None = None,
+         sites: Sequence[LocalSite] = ()) -> None:
+    """Agents (by default all) at work on one run until it is over, as threads: their libraries are loaded already."""
     def one(site: LocalSite) -> None:
         config = read_site_config(site.toml)
         seen = monitor if site is swarm.sites[0] and monitor is not None else Monitor()
@@ -197,7 +200,7 @@ def work(swarm: Consortium, run: int, events: list[dict[str, Any]] | None = None
             agent.run([run], stopping=turn)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(one, swarm.sites))
+        list(pool.map(one, sites or swarm.sites))
 
 
 @pytest.fixture(scope="module")
@@ -416,11 +419,27 @@ def test_join_shows_the_spec_and_needs_consent(swarm: Consortium, trained: tuple
                   "North", "stands on", "the statistics of run", "nobody is there to consent", "add --yes"):
         assert words in said, words
     assert 2 not in swarm.contract.view_run(run).joined
+    shown = swarmchain("run", "show", run, *site, folder=sites)
+    assert shown.strip() in said
+    told = read_json("run", "show", run, *site, "--like", trained[0], folder=sites)["words"]
+    assert {"what": f"unlike run {trained[0]}", "words": "task: statistics → cell_type"} in told
     assert f"South joined run {run}" in swarmchain("run", "join", run, *site, "--yes", folder=sites)
     assert f"South has joined run {run} already" in swarmchain("run", "join", run, *site, folder=sites)
     assert read_json("run", "join", run, *site, folder=sites)["told"] == "joined already"
     assert f"South left run {run}" in swarmchain("run", "leave", run, *site, folder=sites)
     assert f"South is not in run {run}" in swarmchain("run", "stop", run, *site, folder=sites)
+
+
+def test_stop_waits_for_the_end_of_the_round(swarm: Consortium, sites: Path) -> None:
+    alone = REHEARSAL.model_copy(update={"name": "alone", "limits": Limits(rounds=9, sites_to_start=1)})
+    contract, signer = swarm.contract, swarm.sites[2].signer
+    run = contract.propose_run(signer, spec=swarm.store.put_blob(encode_spec(alone)), terms=Terms(2, 2, 1))
+    contract.join_run(signer, run)
+    contract.open_round(signer, run)
+    said = swarmchain("run", "stop", run, "--site", "South/site.toml", folder=sites)
+    assert f"run {run}: waits for the end of round 1\nSouth left run {run}" in said
+    view = contract.view_run(run)
+    assert view.phase is Phase.CLOSED and not view.joined
 
 
 def test_proposing_twice_is_once_and_differences_are_told(swarm: Consortium, trained: tuple[int, int], sites: Path
@@ -495,6 +514,27 @@ def test_metrics_of_an_agent_at_work(swarm: Consortium, sites: Path) -> None:
     assert {s.labels["kind"] for s in values["swarmchain_work_seconds"].samples} == {*KINDS, "wait"}
     assert sum(s.value for s in values["swarmchain_store_bytes"].samples if s.name.endswith("_total")) > 0
     assert "cell" not in text and "samples" not in text
+
+
+def test_agent_joins_listens_and_works(swarm: Consortium, sites: Path) -> None:
+    """The command as the guide has it: consent, then work; the port that it chose is an event."""
+    spec = REHEARSAL.model_copy(update={"name": "by command"})
+    contract, digest = swarm.contract, swarm.store.put_blob(encode_spec(spec))
+    run = contract.propose_run(swarm.sites[0].signer, spec=digest, terms=Terms(60, 60, 2))
+    for site in swarm.sites[1:]:
+        contract.join_run(site.signer, run)
+    command = ("agent", "--site", "North/site.toml", "--run", run, "--join", run, "--metrics", ":0", "--json")
+    assert "nobody is there to consent" in swarmchain(*command, folder=sites, code=1)
+    with ThreadPoolExecutor() as pool:
+        others = pool.submit(work, swarm, run, sites=swarm.sites[1:])
+        events = [json.loads(line) for line in swarmchain(*command, "--yes", folder=sites).splitlines()]
+        others.result()
+    assert [event["event"] for event in events[:2]] == ["listening", "started"] and events[0]["port"] > 0
+    assert events[-1]["event"] == "ended" and events[-1]["rounds"]["finalized"] == 2
+    wrong = sites / "North" / "wrong.toml"
+    text = (sites / "North" / "site.toml").read_text()
+    wrong.write_text(text.replace('# metrics = "127.0.0.1:9464"', 'metrics = "here"'))
+    assert "is no host:port" in swarmchain("agent", "--site", "North/wrong.toml", folder=sites, code=1)
 
 
 def test_health_tells_stuck_from_waiting_and_from_training() -> None:

@@ -1,4 +1,4 @@
-"""`swarmchain run join`, `leave` and `stop`: a site's consent to a run, given and withdrawn."""
+"""`swarmchain run show`, `join`, `leave` and `stop`: a run in words, and a site's consent to it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,30 @@ LOOK_S = 0.5
 yes_option = click.option("--yes", "is_agreed", is_flag=True, help="Consent without being asked, as scripts must.")
 like_option = click.option("--like", type=click.IntRange(min=1),
                            help="Say too how the spec differs from that of this earlier run.")
+
+
+@click.command(epilog=example("swarmchain run show 1 --site north/site.toml"))
+@click.argument("number", type=click.IntRange(min=1))
+@site_option
+@like_option
+@json_option
+def show(number: int, site_file: Path, like: int | None, as_json: bool) -> None:
+    """A run in words, as whoever joins it is shown it: what leaves the site, panel, merge, windows. Needs no key."""
+    from swarmchain.store import Store
+
+    config = load(site_file)
+    contract = connect(config)
+    view = contract.view_run(number)
+    lines = describe_run(contract, Store(config.store_url), view, like=like)
+    if as_json:
+        told = [{"what": what, "words": words} for what, words in lines]
+        print_json({"run": number, "spec": view.spec, "words": told})
+    else:
+        click.echo(_lay_out(number, lines))
+
+
+def _lay_out(number: int, lines: list[Line]) -> str:
+    return "\n".join([f"run {number}", *(f"  {what:<16} {words}" for what, words in lines)])
 
 
 @click.command(epilog=example("swarmchain run join 1 --site north/site.toml --yes"))
@@ -67,7 +91,7 @@ def give_consent(site: Site, store: Store, number: int, *, like: int | None = No
         return {"run": number, "joined": True, "told": "joined already"}
     spec = check_run(site.config, store, view, site=site.index, view_run=contract.view_run)
     lines = describe_run(contract, store, view, like=like)
-    say("\n".join([f"run {number}", *(f"  {what:<16} {words}" for what, words in lines)]))
+    say(_lay_out(number, lines))
     _ask(f"Does {name} consent to run {number}?", is_agreed=is_agreed, is_quiet=is_quiet)
     try:
         contract.join_run(site.signer, number)

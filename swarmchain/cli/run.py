@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
-from swarmchain.cli.consent import join, leave, stop
+from swarmchain.cli.consent import join, leave, show, stop
 from swarmchain.cli.plans import cell_type_options, make_cell_type, merge_options
 from swarmchain.cli.propose import propose, start
 from swarmchain.cli.verify import verify
@@ -19,10 +19,10 @@ from swarmchain.errors import ConfigError, SpecError
 
 @click.group()
 def run() -> None:
-    """Plan, propose, join, watch, leave, list, export and verify runs."""
+    """Plan, propose, show, join, watch, leave, list, export and verify runs."""
 
 
-for command in (verify, propose, start, join, leave, stop, watch):
+for command in (verify, propose, start, show, join, leave, stop, watch):
     run.add_command(command)
 
 
