@@ -1,4 +1,4 @@
-# demo · test · check · check-deep · mutants · bench · docs: each sets up what it needs, and is quiet when there is nothing to do.
+# demo · test · check · check-deep · mutants · bench · docs · site: each sets up what it needs, and is quiet when there is nothing to do.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ PROOFS := .venv-proofs
 FORGE = $(firstword $(wildcard node_modules/@foundry-rs/forge-*/bin/forge) forge)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check check-deep mutants bench docs setup compile snapshot clean
+.PHONY: demo test check check-deep mutants bench docs site setup compile snapshot clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -22,6 +22,7 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python deploy/compile.py --check
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # what takes too long for every change: see docs/verification.md for what and how long
 check-deep: setup $(PROOFS)/.done
@@ -38,6 +39,9 @@ bench: setup
 
 docs: setup
 	$(BIN)/python docs/generate_cli.py
+
+site: setup
+	$(BIN)/python -m mkdocs build --strict
 
 compile: setup
 	$(BIN)/python deploy/compile.py

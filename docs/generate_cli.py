@@ -15,8 +15,10 @@ HEAD = """# Command line
 
 Written by `make docs` from the commands' own help. Commands that report take `--json`. Exit codes: 0 done, 1 something
 to mend, 2 wrong usage, 3 chain or store unreachable (a supervisor may try again). A site's settings are in its
-`site.toml` ([annotated example](../deploy/site.toml)); the environment's `SWARMCHAIN_PASSWORD` and
-`SWARMCHAIN_RPC_URL` win over it.
+`site.toml` ([annotated example](../deploy/site.toml)); the environment's `SWARMCHAIN_PASSWORD`,
+`SWARMCHAIN_RPC_URL` and `SWARMCHAIN_METRICS` win over it, and an option over both
+([what wins where](roles/it.md#what-wins-where)).
+A command may be repeated: what is done already is said, and not done again.
 Passwords and keys are never arguments.
 """
 

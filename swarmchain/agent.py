@@ -63,16 +63,21 @@ class Agent:
         Seconds since 1970, to tell the age of the newest block; nothing is decided by it.
     tasks
         By run: what computes for it, where that is a program of the site's own.
+    on_duty
+        Is told of each duty before it is done, and of the seconds that it may take before something is wrong.
     """
 
     def __init__(self, site: Site, store: Store, *, log: Log, now: Callable[[], float] = time.time,
-                 seal_key: SealKey | None = None, tasks: Mapping[int, Task] | None = None) -> None:
+                 seal_key: SealKey | None = None, tasks: Mapping[int, Task] | None = None,
+                 on_duty: Callable[[str, float], None] = lambda duty, allowed_s: None) -> None:
         self.site = site
         self.store = store
         self._seal_key = seal_key
         self.log = log
+        self.head = -1
         self._now = now
         self._tasks = tasks or {}
+        self._on_duty = on_duty
         self._following: dict[int, Following] = {}
         self._not_ours: dict[int, int] = {}
         self._ended: dict[int, SwarmError | None] = {}
@@ -115,11 +120,15 @@ class Agent:
             if (problem := self._ended.get(run)) is not None:
                 raise problem
 
+    def get_views(self) -> list[RunView]:
+        """The runs that it works on, as it last saw them."""
+        return [found.view for found in self._following.values()]
+
     def _turn(self, runs: Sequence[int]) -> bool:
         """One duty in each run at most; whether there was any."""
         self._check_health()
         self.site.outbox.settle(self.site.signer)
-        head = self.site.contract.node.read_head()
+        head = self.head = self.site.contract.node.read_head()
         if not runs and self._runs[0] != head:
             self._runs = (head, self.site.contract.get_run_count())
         following = runs or range(1, self._runs[1] + 1)
@@ -153,6 +162,7 @@ class Agent:
             duty = self._decide(found) if found else Duty.WAIT
         if found is None or duty is Duty.WAIT:
             return Duty.WAIT
+        self._on_duty(duty.value, found.view.terms.commit_window_s + found.view.terms.vote_window_s)
         problem = act(duty, found, self.site, found.work.store, log=self.log)
         found.head = -1
         if duty is Duty.DONE:

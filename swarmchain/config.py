@@ -1,8 +1,8 @@
 """A site's own settings: site.toml, never shared.
 
-Relative paths are relative to the file. Precedence, highest first: environment (only `SWARMCHAIN_PASSWORD` and
-`SWARMCHAIN_RPC_URL`), then site.toml, then the defaults. Unknown keys are errors, so that a typing error is no
-silent default.
+Relative paths are relative to the file. Precedence, highest first: a command's option, the environment
+(`SWARMCHAIN_PASSWORD`, `SWARMCHAIN_RPC_URL`, `SWARMCHAIN_METRICS`), site.toml, the defaults. Unknown keys are errors,
+so that a typing error is no silent default.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class AgentConfig(Strict):
     stagger_s: Annotated[float, Field(gt=0)] = 2.0
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     resume_s: Annotated[float, Field(gt=0)] = 30.0
+    metrics: str | None = None
 
 
 class SiteConfig(Strict):
@@ -309,6 +310,8 @@ stagger_s = {stagger_s}
 threads = 1
 # how often a long local training is written down, to go on from there after a restart, in seconds
 resume_s = 30.0
+# where /healthz and Prometheus' /metrics are answered (SWARMCHAIN_METRICS in the environment wins); off without it
+# metrics = "127.0.0.1:9464"
 """
 
 

@@ -250,6 +250,15 @@ def read_password_file(path: Path) -> str:
     return lines[0]
 
 
+def read_checksum_address(text: str) -> str:
+    """An address that a person typed, with its checksum. Raises `KeystoreError` if a digit is wrong or missing."""
+    from eth_utils.address import is_address, to_checksum_address
+
+    if not text.startswith("0x") or not is_address(text):
+        raise KeystoreError(f"{text!r} is no address, or its checksum is wrong", hint="copy it from the site's card")
+    return str(to_checksum_address(text))
+
+
 def _read_seal_file(path: Path) -> _SealFile:
     try:
         return _SealFile.model_validate_json(path.read_bytes())

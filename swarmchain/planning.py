@@ -6,10 +6,11 @@ finalized checkpoint then fixes panel, standardisation and class balance of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from swarmchain.agreement import (
     Cutoffs,
@@ -22,11 +23,11 @@ from swarmchain.agreement import (
 from swarmchain.certify import Arrays
 from swarmchain.checkpoint import encode_tensors
 from swarmchain.config import SiteCard
-from swarmchain.errors import SpecError
+from swarmchain.errors import BlobMissing, ConfigError, SpecError
 from swarmchain.layouts import checkpoint_layout
 from swarmchain.merging import ClippedMean, Codec, Merge
 from swarmchain.model import draw_state
-from swarmchain.protocol import RunView, compute_digest
+from swarmchain.protocol import RunView, compute_digest, first_problem
 from swarmchain.spec import (
     CellTypeSpec,
     DonorModel,
@@ -67,6 +68,38 @@ def plan_statistics(
         normalization=normalization or Normalization(), minimums=minimums or Minimums(), split_by=split_by,
         limits=Limits(rounds=5, one_checkpoint=True, sites_to_start=sites_to_start),
     )
+
+
+def read_cards(store: Store, *, only: Mapping[str, str] | None = None) -> list[SiteCard]:
+    """Cards from the store, by address.
+
+    Parameters
+    ----------
+    only
+        Address → name of the sites whose cards are wanted, all of them; by default whatever is there.
+
+    Raises
+    ------
+    ConfigError
+        If a card is missing, is none, or names another site than the one in whose place it lies.
+    """
+    addresses = sorted(only, key=str.lower) if only is not None else store.list_cards()
+    return [_read_card(store, address, (only or {}).get(address)) for address in addresses]
+
+
+def _read_card(store: Store, address: str, name: str | None) -> SiteCard:
+    whose = f"of {name} ({address})" if name else f"of {address}"
+    try:
+        card = SiteCard.model_validate_json(store.get_card(address))
+    except BlobMissing as exc:
+        raise ConfigError(f"the store holds no card {whose}", hint="`swarmchain site card` there puts it in") from exc
+    except ValidationError as exc:
+        raise ConfigError(f"the card {whose} in the store is none: {first_problem(exc)}",
+                          hint="`swarmchain site card` there puts a good one in its place") from exc
+    if card.address.lower() != address.lower() or card.name != (name or card.name):
+        raise ConfigError(f"the card {whose} in the store is that of {card.name} ({card.address})",
+                          hint="somebody altered it: `swarmchain site card` there puts a good one in its place")
+    return card
 
 
 def read_statistics(store: Store, view: RunView) -> tuple[StatisticsSpec, Arrays]:

@@ -3,6 +3,7 @@
     blobs/<first two hex digits>/<sha256>     specs, checkpoints, contributions, manifests
     openings/<commitment>                     named by the commitment, which authenticates them
     sealed/<sha256 of the plaintext>          envelopes; what they speak of is a blob like any other (see `sealing`)
+    cards/<address>.json                      names of a site's features and labels, for whoever plans a run
 
 The store is not trusted: every read is size-limited and hashed again. Every write is whole or not at all. How bytes
 come and go is told in `objects` and `s3`.
@@ -39,6 +40,8 @@ from swarmchain.spec import SPEC_BYTES_MAX, Spec, parse_spec
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _NOTE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,127}")
+_CARD = re.compile(r"0x[0-9a-f]{40}\.json")
+CARD_BYTES_MAX = 16 << 20
 # What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -233,6 +236,21 @@ class Store:
         """Fetch such a file. Raises as `get_blob` does, but for its digest."""
         return self._read(f"{self._root}/{_require_note(name)}", bytes_max=bytes_max)
 
+    def put_card(self, address: str, data: bytes) -> None:
+        """Hand a site's card to the other sites. Anyone can write here: whoever reads it compares the address."""
+        self._write(self._card_path(address), data)
+
+    def get_card(self, address: str) -> bytes:
+        """Fetch what lies under a site's address; see `put_card`. Raises as `get_blob` does."""
+        return self._read(self._card_path(address), bytes_max=CARD_BYTES_MAX)
+
+    def list_cards(self) -> list[str]:
+        """Addresses, in lower case, of the sites that have handed in a card."""
+        root = f"{self._root}/cards"
+        found = self._call(root, "list", lambda: [item.path for item in self._objects.list(root)])
+        names = (path.rsplit("/", 1)[-1] for path in found)
+        return sorted(name.removesuffix(".json") for name in names if _CARD.fullmatch(name))
+
     def require_writable(self) -> None:
         """Write, read back and remove a small file.
 
@@ -265,6 +283,12 @@ class Store:
 
     def _envelope_path(self, digest: str) -> str:
         return f"{self._root}/sealed/{_require_hex(digest)}"
+
+    def _card_path(self, address: str) -> str:
+        name = f"{address.lower()}.json"
+        if not _CARD.fullmatch(name):
+            raise StoreError(f"{address!r} is no address")
+        return f"{self._root}/cards/{name}"
 
     def _exists(self, path: str) -> bool:
         return bool(self._call(path, "look for", self._objects.exists, path))

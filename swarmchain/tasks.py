@@ -7,10 +7,11 @@ depend on whether it was interrupted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Judgement = tuple[bool, float | None]
 
 REHEARSAL_SAMPLES = 1_000
+STEPS_MEASURED = 20
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ class Task(Protocol):
 
     def rate(self, past: Past) -> tuple[Rating, ...]:
         """What the contributions of a round do to the site's validation cells; nothing if it has none."""
+        ...
+
+
+@runtime_checkable
+class MeasuresSteps(Protocol):
+    """A task that trains `steps` steps a round, and can say what one of them takes here."""
+
+    steps: int
+
+    def measure_step(self, parent: Arrays) -> float:
+        """Seconds of one step of local training from `parent`, measured on this machine; changes nothing."""
         ...
 
 
@@ -138,6 +151,7 @@ class CellTypeTask:
 
         torch.set_num_threads(config.agent.threads)
         self._spec = spec
+        self.steps = spec.training.steps
         self._kept = Keeper(folder, "local", local_layout(spec))
         self._pause_s = config.agent.resume_s
         self._data = load_site_data(config, spec)
@@ -162,6 +176,19 @@ class CellTypeTask:
                             resume=resume)
         self._kept.write(assignment.key.round_id, found.local)
         return found.deltas, found.samples, found.metrics
+
+    def measure_step(self, parent: Arrays) -> float:
+        """See `MeasuresSteps`. Setting up is spread over the steps, as many as fit into a second."""
+        from swarmchain.trainer import train_round
+
+        own, took_s, steps = {**parent, **(self._kept.read(self._spec.limits.rounds) or {})}, 0.0, 1
+        for _ in range(2):  # the first step costs more than the others: it only says how many to measure
+            settings = self._spec.training.model_copy(update={"steps": steps})
+            spec, started = self._spec.model_copy(update={"training": settings}), time.perf_counter()
+            train_round(own, self._cells, spec, round_id=1, site=0)
+            took_s = (time.perf_counter() - started) / steps
+            steps = min(max(int(1 / took_s), 1), STEPS_MEASURED)
+        return took_s
 
     def judge(self, merged: Arrays, parent: Arrays) -> Judgement:
         """Accept unless the score on the site's validation cells falls by more than the gate allows."""

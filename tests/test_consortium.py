@@ -56,7 +56,7 @@ def consortium(anvil: Devchain, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def train(folder: Path, run: int) -> list[str]:
     """Three agents as three processes; what each says it holds at the end."""
     for name in "abc":
-        swarmchain("run", "join", run, "--site", f"{name}/site.toml", folder=folder)
+        swarmchain("run", "join", run, "--site", f"{name}/site.toml", "--yes", folder=folder)
     command = [sys.executable, "-m", "swarmchain", "agent", "--json", "--run", str(run), "--site"]
     processes = [
         subprocess.Popen([*command, f"{name}/site.toml"], cwd=folder, stdout=subprocess.PIPE, text=True,
@@ -124,7 +124,7 @@ def test_rehearsal_by_hand_and_one_agent_per_key(consortium: Path) -> None:
     site = ("--site", "a/site.toml")
     said = swarmchain("run", "propose", *site, "--spec", "rehearsal.json", "--json", folder=consortium)
     run = json.loads(said)["run"]
-    swarmchain("run", "join", run, *site, folder=consortium)
+    swarmchain("run", "join", run, *site, "--yes", folder=consortium)
     agent = subprocess.Popen([sys.executable, "-m", "swarmchain", "agent", *site, "--run", str(run)], cwd=consortium,
                              stdout=subprocess.PIPE, text=True, env={**os.environ, **PASSWORD, "PYTHONUNBUFFERED": "1"})
     try:
@@ -133,7 +133,7 @@ def test_rehearsal_by_hand_and_one_agent_per_key(consortium: Path) -> None:
         said = swarmchain("agent", *site, "--run", run, folder=consortium, code=1)
         assert "another agent is at work with the key" in said
         for name in "bc":
-            swarmchain("run", "join", run, "--site", f"{name}/site.toml", folder=consortium)
+            swarmchain("run", "join", run, "--site", f"{name}/site.toml", "--yes", folder=consortium)
         with contextlib.ExitStack() as stack:
             others = [stack.enter_context(subprocess.Popen(
                 [sys.executable, "-m", "swarmchain", "agent", "--site", f"{name}/site.toml", "--run", str(run)],
@@ -162,7 +162,7 @@ def test_run_that_fails_says_so_with_its_exit_code(consortium: Path, anvil: Devc
                       "--commit-window", 1, folder=consortium)
     run = json.loads(said)["run"]
     for name in "ab":
-        swarmchain("run", "join", run, "--site", f"{name}/site.toml", folder=consortium)
+        swarmchain("run", "join", run, "--site", f"{name}/site.toml", "--yes", folder=consortium)
     said = swarmchain("agent", "--site", "a/site.toml", "--run", run, folder=consortium, code=4)
     assert f"Error: run {run} ended without reaching its goal, 2 failures in a row: 0 rounds finalized, 0 rejected, " \
         "2 expired" in said

@@ -23,7 +23,7 @@ from swarmchain.devchain import Devchain
 from swarmchain.protocol import compute_digest
 
 GUIDE = (ROOT / "docs" / "consortium.md").read_text()
-PAGES = [p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").glob("*.md"),
+PAGES = [p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").rglob("*.md"),
                      *(ROOT / "contracts").glob("*.md")]]
 
 
@@ -74,6 +74,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_three_sites_and_a_run_take_twelve_commands() -> None:
+    """What the guide makes a reader type, from the chain to the second run under way."""
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", GUIDE.split("## 6.")[0], re.DOTALL)).replace("\\\n", " ")
+    commands = [line for line in blocks.splitlines() if line.startswith("swarmchain ")]
+    assert len(commands) == 12
+    assert sum(" site init " in line for line in commands) == 3
 
 
 def run_guide(script: str, folder: Path, env: dict[str, str]) -> str:

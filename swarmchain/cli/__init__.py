@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -11,6 +12,7 @@ from swarmchain import __version__
 from swarmchain.cli.agent import agent
 from swarmchain.cli.benchmark import benchmark
 from swarmchain.cli.chain import deploy, devchain
+from swarmchain.cli.consortium import consortium
 from swarmchain.cli.data import data
 from swarmchain.cli.demo import demo
 from swarmchain.cli.predict import predict
@@ -30,14 +32,14 @@ def cli() -> None:
     """Hospitals train one single-cell model together: no data shared, no one in charge, every merge verifiable."""
 
 
-for command in (demo, benchmark, devchain, deploy, site, data, run, predict, agent, status, store):
+for command in (demo, benchmark, devchain, deploy, site, consortium, data, run, predict, agent, status, store):
     cli.add_command(command)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an expected failure is one line and a hint, anything else keeps its traceback."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(arguments, prog_name="swarmchain", standalone_mode=False)
     except SwarmError as exc:
         click.echo(f"Error: {exc.message}", err=True)
         if exc.hint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -9,26 +10,24 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import (
-    ask_password,
-    example,
-    json_option,
-    load,
-    site_option,
-    stop_on_signals,
-    unlock_keystore,
-    unlock_seal_key,
-)
+from swarmchain.cli.common import example, json_option, load, open_desk, site_option, stop_on_signals
+from swarmchain.cli.consent import give_consent, yes_option
 from swarmchain.config import require_paths
-from swarmchain.keys import find_password, lock_keystore
+from swarmchain.keys import lock_keystore
 
 
 @click.command(epilog=example("swarmchain agent --site north/site.toml --run 1"))
 @site_option
 @click.option("--run", "runs", type=click.IntRange(min=1), multiple=True,
               help="Work on this run and end with it; repeatable. Default: every run the site joined, for good.")
+@click.option("--join", "joins", type=click.IntRange(min=1), multiple=True,
+              help="First give this site's consent to this run, as `run join` does; repeatable.")
+@yes_option
+@click.option("--metrics", envvar="SWARMCHAIN_METRICS",
+              help="host:port for /healthz and Prometheus' /metrics. Default: [agent] metrics; off without it.")
 @json_option
-def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
+def agent(site_file: Path, runs: tuple[int, ...], joins: tuple[int, ...], is_agreed: bool, metrics: str | None,
+          as_json: bool) -> None:
     """Do one site's duties: train, commit, merge, vote. Safe to kill and to start again at any moment."""
     stopping = stop_on_signals()
     config = load(site_file)
@@ -36,26 +35,47 @@ def agent(site_file: Path, runs: tuple[int, ...], as_json: bool) -> None:
     path = config.resolve(config.keys.keystore)
 
     from swarmchain.agent import Agent
-    from swarmchain.site import open_site, publish_seal_key
-    from swarmchain.store import open_store
+
+    monitor, address = None, metrics or config.agent.metrics
+    if address:
+        from swarmchain.health import Monitor
+
+        monitor = Monitor()
 
     def log(event: dict[str, Any]) -> None:
+        if monitor is not None:
+            monitor.take(event)
         click.echo(json.dumps({"time": round(time.time(), 3), **event}) if as_json else describe_event(event))
 
-    with lock_keystore(path):
-        password = ask_password(path, find_password(config))
-        seal_key = unlock_seal_key(config, password)
-        with open_site(config, unlock_keystore(path, password)) as site:
-            store = open_store(config)
-            store.require_writable()
-            log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
-                 "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})
-            if seal_key is not None:
-                publish_seal_key(site, seal_key)
-            Agent(site, store, log=log, seal_key=seal_key).run(runs, stopping=stopping)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_keystore(path))
+        desk = stack.enter_context(open_desk(config))
+        site, store = desk.site, desk.store
+        store.require_writable()
+        desk.publish_seal_key()
+        for number in joins:
+            give_consent(desk, number, is_agreed=is_agreed, is_quiet=as_json)
+        worker = Agent(site, store, log=log, seal_key=desk.seal_key,
+                       on_duty=monitor.begin if monitor else lambda duty, allowed_s: None)
+        if monitor is not None and address:
+            from swarmchain.health import serve
+
+            host, port = stack.enter_context(serve(monitor, address))
+            log({"event": "listening", "host": host, "port": port})
+        log({"event": "started", "site": site.index, "name": config.name, "address": site.signer.address,
+             "client": site.contract.node.client_version, "profile": site.contract.node.profile.name})
+
+        def stopping_now() -> bool:
+            if monitor is not None:
+                monitor.turn(head=worker.head, views=worker.get_views(),
+                             sent={"up": store.bytes_up, "down": store.bytes_down})
+            return stopping()
+
+        worker.run(runs, stopping=stopping_now)
 
 
 WORDS = {
+    "listening": "health and metrics at http://{host}:{port}/healthz and /metrics",
     "started": "{name}: site {site}, {address}, at work; {client}, profile {profile}",
     "run": "takes part: {told}",
     "opened": "opened",

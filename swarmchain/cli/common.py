@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from swarmchain.keys import SealKey, Signer, find_password, open_keystore, open_
 
 if TYPE_CHECKING:
     from swarmchain.chain import SwarmContract
+    from swarmchain.site import Site
     from swarmchain.store import Store
 
 site_option = click.option(
@@ -68,6 +71,41 @@ def open_sealed(config: SiteConfig, contract: SwarmContract, run: int | None, ke
 
     store = open_store(config)
     return store if key is None else seal_store(store, key, contract, run)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A site with all that it acts with: the contract that knows it, its store, and its seal key, if it has one."""
+
+    site: Site
+    store: Store
+    seal_key: SealKey | None
+
+    def open_sealed(self, run: int | None) -> Store:
+        """The store, sealed to the members of a run, or to all sites."""
+        from swarmchain.site import seal_store
+
+        return self.store if self.seal_key is None else seal_store(self.store, self.seal_key, self.site.contract, run)
+
+    def publish_seal_key(self) -> None:
+        """Say on chain which key is this site's; nothing if it stands there already."""
+        from swarmchain.site import publish_seal_key
+
+        if self.seal_key is not None:
+            publish_seal_key(self.site, self.seal_key)
+
+
+@contextlib.contextmanager
+def open_desk(config: SiteConfig) -> Iterator[Desk]:
+    """A site ready to act; one password opens both keys."""
+    from swarmchain.site import open_site
+    from swarmchain.store import open_store
+
+    path = config.resolve(config.keys.keystore)
+    password = ask_password(path, find_password(config))
+    seal_key = unlock_seal_key(config, password)
+    with open_site(config, unlock_keystore(path, password)) as site:
+        yield Desk(site, open_store(config), seal_key)
 
 
 def connect(config: SiteConfig) -> SwarmContract:

@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from swarmchain.cli.common import (
-    ask_password,
-    connect,
-    example,
-    json_option,
-    load,
-    open_sealed,
-    print_json,
-    site_option,
-    unlock,
-    unlock_keystore,
-    unlock_seal_key,
-)
+from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
 from swarmchain.cli.compare import compare
+from swarmchain.cli.consent import join, leave, show, stop
 from swarmchain.cli.export import export
 from swarmchain.cli.new_donor import donor
-from swarmchain.cli.statistics import FLAVORS
+from swarmchain.cli.plans import cell_type_options, make_cell_type, make_statistics, merge_options, statistics_options
+from swarmchain.cli.propose import propose, start
 from swarmchain.cli.statistics import statistics as show_statistics
 from swarmchain.cli.verify import verify
+from swarmchain.cli.watch import watch
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError
-from swarmchain.protocol import Terms
-
-# what the spec offers, without its libraries: help must come at once
-MERGES = ("clipped_mean", "mean", "coordinate_median", "trimmed_mean", "geometric_median", "multi_krum",
-          "centered_clipping")
-CODECS = ("float32", "float16", "int8")
-OUTERS = ("none", "momentum", "nesterov", "fedadam")
-NORMALIZATIONS = ("log1p", "arcsinh", "none")
-# the least that a site must have; option, field of `spec.Minimums`, its default, what it says
-MINIMUMS = (
-    ("--cells-min", "cells", 10, "Training cells without which a site does not take part."),
-    ("--donors-min", "donors", 0, "Donors without which a site does not take part; 0 asks for no donors."),
-    ("--cells-per-label-min", "cells_per_label", 5, "Training cells without which a site leaves a label out."),
-    ("--donors-per-label-min", "donors_per_label", 0, "Donors without which a site leaves a label out."),
-)
-
-
-def merge_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How contributions travel and become a checkpoint; the finer settings stand in the spec that is written."""
-    for name, choices, words in (("--outer", OUTERS, "Outer optimiser on the merged delta."),
-                                 ("--codec", CODECS, "How contributions are coded."),
-                                 ("--merge", MERGES, "Merge method; docs/merge.md tells what each is for.")):
-        default, kind = choices[0], click.Choice(choices)
-        into = ["method"] if name == "--merge" else []
-        command = click.option(name, *into, type=kind, default=default, show_default=True, help=words)(command)
-    return command
-
-
-def minimum_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What a site must have, so that nothing that leaves it is about a handful of cells."""
-    for name, field, default, words in reversed(MINIMUMS):
-        least = min(default, 1)
-        command = click.option(name, field, type=click.IntRange(min=least), default=default, show_default=True,
-                               help=words)(command)
-    return command
 
 
 @click.group()
 def run() -> None:
-    """Plan, propose, join, list, export, compare and verify runs."""
+    """Plan, propose, show, join, watch, leave, list, export, compare and verify runs."""
 
 
-for command in (verify, export, compare, show_statistics):
+for command in (verify, export, compare, show_statistics, propose, start, show, join, leave, stop, watch):
     run.add_command(command)
 
 
@@ -88,24 +43,13 @@ new.add_command(donor)
     "--card south/site-card.json --out statistics.json"))
 @click.option("--card", "cards", type=click.Path(path_type=Path), multiple=True, required=True,
               help="A site's card; repeatable.")
-@click.option("--name", default="statistics", show_default=True, help="What the sites call it.")
-@click.option("--normalization", "kind", type=click.Choice(NORMALIZATIONS), default=NORMALIZATIONS[0],
-              show_default=True, help="The state that every site brings its values to.")
-@click.option("--cofactor", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
-              help="Of arcsinh: 5 is usual for mass, 150 for flow cytometry.")
-@click.option("--by-donor", is_flag=True, help="Split by donor, and count samples: for runs on donors.")
-@minimum_options
+@statistics_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, by_donor: bool, out: Path,
-               **minimums: int) -> None:
+def statistics(cards: tuple[Path, ...], out: Path, **options: Any) -> None:
     """A run that sums moments and counts over the sites: for the choice of features, means, SDs and class balance."""
-    from swarmchain.planning import plan_statistics
-    from swarmchain.spec import Minimums, Normalization, encode_spec
+    from swarmchain.spec import encode_spec
 
-    found = [read_site_card(path) for path in cards]
-    spec = plan_statistics(found, name=name, sites_to_start=len(found), minimums=Minimums(**minimums),
-                           normalization=Normalization(kind=kind, cofactor=cofactor),
-                           split_by="donor" if by_donor else "cell")
+    spec = make_statistics([read_site_card(path) for path in cards], **options)
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels")
 
@@ -113,43 +57,13 @@ def statistics(cards: tuple[Path, ...], name: str, kind: Any, cofactor: float, b
 @new.command("cell-type", epilog=example(
     "swarmchain run new cell-type --site north/site.toml --statistics 1 --rounds 12", "--out training.json"))
 @site_option
-@click.option("--statistics", "source", type=click.IntRange(min=1), required=True, help="A finished statistics run.")
-@click.option("--name", default="cell types", show_default=True, help="What the sites call it.")
-@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds to train.")
-@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Minibatches per round.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True),
-              help="Learning rate in the first round. Default: 0.001, after arcsinh 0.01.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness in training.")
-@click.option("--features-at", type=click.IntRange(min=1), default=2, show_default=True,
-              help="Panel: features that at least so many sites have.")
-@click.option("--hvg", type=click.IntRange(min=1), help="Panel: of those, so many highly variable ones.")
-@click.option("--flavor", type=click.Choice(FLAVORS), default=FLAVORS[0], show_default=True,
-              help="With --hvg: which of scanpy's ways to find them.")
-@click.option("--mask", is_flag=True, help="Tell the network which features a site has.")
-@merge_options
+@cell_type_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
-def cell_type(site_file: Path, source: int, name: str, rounds: int, steps: int, lr: float | None, seed: int,
-              features_at: int, hvg: int | None, flavor: Any, mask: bool, out: Path, **merging: Any) -> None:
+def cell_type(site_file: Path, out: Path, **options: Any) -> None:
     """A run that trains a cell-type classifier on what a statistics run found."""
-    from swarmchain.merging import parse_merge
-    from swarmchain.planning import plan_cell_type, read_statistics, recommend_training
-    from swarmchain.spec import Limits, Model, encode_spec
+    from swarmchain.spec import encode_spec
 
-    config = load(site_file)
-    contract = connect(config)
-    # every site must be able to read both before it joins
-    store = open_sealed(config, contract, None, unlock_seal_key(config))
-    view = contract.view_run(source)
-    statistics = read_statistics(store, view)
-    training = recommend_training(statistics[0].normalization)
-    spec, blob = plan_cell_type(
-        statistics, view, name=name, sites_per_feature_min=features_at, hvg=hvg, flavor=flavor,
-        limits=Limits(rounds=rounds, sites_to_start=len(view.joined)),
-        training=training.model_copy(update={"seed": seed, "steps": steps, "lr": lr or training.lr}),
-        model=Model(mask=mask), codec=merging["codec"],
-        merge=parse_merge({"method": merging["method"], "outer": {"kind": merging["outer"]}}),
-    )
-    store.put_blob(blob)
+    spec = make_cell_type(load(site_file), **options)
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.panel.features)} features, {len(spec.labels)} labels; "
                f"seed checkpoint {spec.seed_checkpoint[:12]}… is in the store")
@@ -206,65 +120,6 @@ def rehearsal(sites: int, rounds: int, widths: tuple[int, ...], name: str, seed:
     parse_spec(data)
     write_file(out, data)
     click.echo(f"wrote {out}: layers {' × '.join(map(str, widths))}, {rounds} rounds, no cells")
-
-
-@run.command(epilog=example("swarmchain run propose --site north/site.toml --spec training.json"))
-@site_option
-@click.option("--spec", "spec_file", type=click.Path(path_type=Path), required=True,
-              help="Spec, as `run new` wrote it.")
-@click.option("--commit-window", type=click.IntRange(min=1), default=3600, show_default=True,
-              help="Seconds that a round waits for contributions.")
-@click.option("--vote-window", type=click.IntRange(min=1), default=1800, show_default=True,
-              help="Seconds that a round waits for votes.")
-@click.option("--sites-min", type=click.IntRange(min=1), default=2, show_default=True,
-              help="Contributions that a round needs.")
-@click.option("--quorum", type=click.FloatRange(0, 1), default=0.0, show_default=True,
-              help="Share of the members that must accept a checkpoint; a majority in any case.")
-@json_option
-def propose(site_file: Path, spec_file: Path, commit_window: int, vote_window: int, sites_min: int, quorum: float,
-            as_json: bool) -> None:
-    """Put a spec into the store and its digest on chain. It binds nobody until they join, the proposer included."""
-    from swarmchain.site import open_site
-    from swarmchain.spec import encode_spec, parse_spec
-    from swarmchain.store import open_store
-
-    config = load(site_file)
-    try:
-        spec = parse_spec(spec_file.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"cannot read {spec_file}: {exc.strerror}", hint="`swarmchain run new` writes one") from exc
-    terms = Terms(commit_window, vote_window, sites_min, round(quorum * 10_000))
-    with open_site(config, unlock(config)) as site:
-        digest = open_store(config).put_blob(encode_spec(spec))
-        number = site.contract.propose_run(site.signer, spec=digest, terms=terms)
-    if as_json:
-        print_json({"run": number, "spec": digest})
-    else:
-        click.echo(f"run {number} proposed: {spec.task} “{spec.name}”, spec {digest[:12]}…")
-
-
-@run.command(epilog=example("swarmchain run join 1 --site north/site.toml"))
-@click.argument("number", type=click.IntRange(min=1))
-@site_option
-def join(number: int, site_file: Path) -> None:
-    """Give this site's consent to a run, after checking that its data satisfy the spec."""
-    from swarmchain.keys import find_password
-    from swarmchain.site import open_site, publish_seal_key
-    from swarmchain.work import check_run
-
-    config = load(site_file)
-    path = config.resolve(config.keys.keystore)
-    password = ask_password(path, find_password(config))
-    seal_key = unlock_seal_key(config, password)
-    with open_site(config, unlock_keystore(path, password)) as site:
-        contract = site.contract
-        if seal_key is not None:
-            publish_seal_key(site, seal_key)  # first: what is sealed to this site is sealed to this key
-        view = contract.view_run(number)
-        store = open_sealed(config, contract, number, seal_key)
-        spec = check_run(config, store, view, site=site.index, view_run=contract.view_run)
-        contract.join_run(site.signer, number)
-    click.echo(f"{config.name} joined run {number}: {spec.task} “{spec.name}”")
 
 
 @run.command("list", epilog=example("swarmchain run list --site north/site.toml --json"))

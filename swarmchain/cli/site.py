@@ -7,14 +7,18 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import example, json_option, print_json
+from swarmchain.cli.common import example, json_option, load, print_json, site_option
+from swarmchain.cli.doctor import doctor
 from swarmchain.config import DataConfig, SiteCard, render_site_toml, write_file
-from swarmchain.errors import ConfigError
+from swarmchain.errors import ConfigError, StoreError, Unreachable
 
 
 @click.group()
 def site() -> None:
-    """Set up a site."""
+    """Set up a site, and examine it."""
+
+
+site.add_command(doctor)
 
 
 @site.command(epilog=example(
@@ -39,40 +43,82 @@ def site() -> None:
 def init(name: str, folder: Path, data: Path, label_column: str, labels: Path | None, donor_column: str | None,
          sample_column: str | None, store: str, rpc_url: str, deployment: Path, password_file: Path | None,
          as_json: bool) -> None:
-    """Write site.toml, an encrypted keystore, and the card to hand to the other sites."""
+    """Write site.toml, encrypted keys, and the card for the other sites, which goes into the store too.
+
+    Once done, the same command changes nothing and says so.
+    """
     from swarmchain.data import read_names
     from swarmchain.keys import PASSWORD_VARIABLE, create_keystore, create_seal_key, read_password_file
 
     target = folder / "site.toml"
-    if target.exists():
-        raise ConfigError(f"{target} exists already", hint="use another --folder, or edit the file")
     if not 1 <= len(name.encode()) <= 32:
         raise ConfigError(f"the site name {name!r} is not 1 to 32 bytes long", hint="shorten it")
     settings = DataConfig(path=str(data), label_column=label_column, labels=str(labels) if labels else None)
-    features, classes = read_names(data, label_column, settings=settings)
     if "://" not in store:
-        Path(store).mkdir(parents=True, exist_ok=True)
         store = _relative(Path(store), folder)
-    password = read_password_file(password_file) if password_file else os.environ.get(PASSWORD_VARIABLE)
-    if password is None:
-        password = click.prompt("Password for the new keystore", hide_input=True, confirmation_prompt=True)
-    address = create_keystore(folder / "keystore.json", password)
-    create_seal_key(folder / "seal-key.json", password)
-    card = SiteCard(name=name, address=address, features=tuple(features), labels=tuple(classes))
-    write_file(folder / "site-card.json", card.model_dump_json().encode() + b"\n")
     text = render_site_toml(
         name=name, rpc_url=rpc_url, deployment=_relative(deployment, folder), store=store,
         data=_relative(data, folder), label_column=label_column, donor_column=donor_column, sample_column=sample_column,
         labels=_relative(labels, folder) if labels else None, seal_key="seal-key.json",
         password_file=_relative(password_file, folder) if password_file else None,
     )
+    if target.exists():
+        if target.read_text(encoding="utf-8") != text or not (folder / "keystore.json").exists():
+            raise ConfigError(f"{target} exists already, with other settings",
+                              hint="use another --folder, or edit the file")
+        _tell(_publish_card(target), told="is set up already", as_json=as_json, target=target)
+        return
+    read_names(data, label_column, settings=settings)  # says what is wrong with the file before anything is written
+    password = read_password_file(password_file) if password_file else os.environ.get(PASSWORD_VARIABLE)
+    if password is None:
+        password = click.prompt("Password for the new keystore", hide_input=True, confirmation_prompt=True)
+    create_keystore(folder / "keystore.json", password)
+    create_seal_key(folder / "seal-key.json", password)
     write_file(target, text.encode())
+    if "://" not in store:
+        (folder / store).mkdir(parents=True, exist_ok=True)
+    _tell(_publish_card(target), told="is set up", as_json=as_json, target=target)
+
+
+@site.command(epilog=example("swarmchain site card --site north/site.toml"))
+@site_option
+@json_option
+def card(site_file: Path, as_json: bool) -> None:
+    """Write the site's card anew, after a change of data or [data.label_map], and put it into the store."""
+    _tell(_publish_card(site_file), told="has a new card", as_json=as_json, target=site_file)
+
+
+def _publish_card(site_file: Path) -> SiteCard:
+    """The card as the site's settings and data give it, on disk and in the store; a store may also come later."""
+    from swarmchain.data import read_names
+    from swarmchain.keys import read_address
+    from swarmchain.store import open_store
+
+    config = load(site_file)
+    settings = config.cells
+    if settings is None:
+        raise ConfigError(f"{site_file} has no [data] section", hint="name the site's AnnData file there")
+    features, labels = read_names(Path(settings.path), settings.label_column, settings=settings)
+    found = SiteCard(name=config.name, address=read_address(config.resolve(config.keys.keystore)),
+                     features=tuple(features), labels=tuple(labels))
+    data = found.model_dump_json().encode() + b"\n"
+    write_file(config.resolve("site-card.json"), data)
+    try:
+        open_store(config).put_card(found.address, data)
+    except (StoreError, Unreachable) as exc:
+        click.echo(f"the card is not in the store yet: {exc.message}; `swarmchain site card` tries again", err=True)
+    return found
+
+
+def _tell(found: SiteCard, *, told: str, as_json: bool, target: Path) -> None:
     if as_json:
-        print_json({"site": str(target), "address": address, "features": len(features), "labels": classes})
+        print_json({"site": str(target), "address": found.address, "features": len(found.features),
+                    "labels": found.labels, "told": told})
     else:
-        click.echo(f"{name}: address {address}, {len(features)} features, {len(classes)} labels\n"
-                   f"wrote {target}, keystore.json and seal-key.json (keep both and their password safe)\n"
-                   "and site-card.json (hand it out)")
+        click.echo(f"{found.name} {told}: address {found.address}, {len(found.features)} features, "
+                   f"{len(found.labels)} labels\n"
+                   f"see {target}, keystore.json and seal-key.json (keep both and their password safe)\n"
+                   "and site-card.json (for the others)")
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -1,0 +1,424 @@
+"""What would go wrong tonight, said now: a site's settings, key, chain, store, machine and data, one finding each.
+
+Looks only: nothing is signed or sent, and of all that is touched only a probe in the store is written, and removed.
+No finding shows a secret. A check that stands on one that failed is passed over, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from swarmchain import __version__
+from swarmchain.chain import SwarmContract
+from swarmchain.checkpoint import compute_size
+from swarmchain.config import SiteConfig, read_deployment, read_site_config
+from swarmchain.describe import describe_duration
+from swarmchain.duties import is_over
+from swarmchain.errors import ChainUnreachable, ConfigError, SwarmError, Unreachable
+from swarmchain.journal import Journal
+from swarmchain.keys import PASSWORD_VARIABLE, Signer, read_address
+from swarmchain.layouts import checkpoint_layout, contribution_layout
+from swarmchain.node import Node
+from swarmchain.profiles import choose_profile
+from swarmchain.protocol import Change, RunView
+from swarmchain.site import open_contract
+from swarmchain.spec import Spec
+from swarmchain.store import Store, open_store, read_spec
+from swarmchain.tasks import MeasuresSteps
+from swarmchain.work import RunWork
+
+SKEW_MAX_S = 30.0
+DISK_MIN = 1 << 30
+STORE_SLOW_S = 5.0
+# the share of a window beyond which training is called tight
+TIGHT = 0.5
+PACKAGES = ("numpy", "torch", "anndata", "web3", "fsspec")
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+
+Status = Literal["ok", "failed", "warning", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: what was found, and what to do about it where it is not well."""
+
+    check: str
+    status: Status
+    words: str
+    remedy: str = ""
+    is_unreachable: bool = False
+
+
+@dataclass
+class Visit:
+    """What the checks so far have opened; `done` names those that went well."""
+
+    site_file: Path
+    unlock: Callable[[SiteConfig], Signer]
+    now: Callable[[], float]
+    run: int | None
+    config: SiteConfig = field(init=False)
+    contract: SwarmContract = field(init=False)
+    store: Store = field(init=False)
+    site: int = -1
+    done: set[str] = field(default_factory=set)
+
+
+def examine_site(site_file: Path, *, unlock: Callable[[SiteConfig], Signer], run: int | None = None,
+                 now: Callable[[], float] = time.time) -> Iterator[Finding]:
+    """Every check in its order, each as soon as it is known.
+
+    Parameters
+    ----------
+    unlock
+        Opens the keystore; may ask for the password.
+    run
+        The run that the site is examined for; by default all that it has joined and that are not over.
+    now
+        Seconds since 1970 by this machine.
+    """
+    visit = Visit(site_file, unlock, now, run)
+    for name, check, needs in CHECKS:
+        if missing := [need for need in needs if need not in visit.done]:
+            yield Finding(name, "skipped", f"not looked at: {missing[0]} comes first")
+            continue
+        is_well = True
+        try:
+            for found in check(visit):
+                is_well &= found.status != "failed"
+                yield _without_secrets(found)
+        except SwarmError as exc:
+            is_well = False
+            yield _without_secrets(fail(name, exc))
+        if is_well:
+            visit.done.add(name)
+
+
+def compute_exit_code(findings: list[Finding]) -> int:
+    """1 if anything has to be mended, 3 if all that failed is a chain or store that does not answer, else 0."""
+    failed = [found for found in findings if found.status == "failed"]
+    if not failed:
+        return 0
+    return 3 if all(found.is_unreachable for found in failed) else 1
+
+
+def fail(check: str, exc: SwarmError) -> Finding:
+    """An error as a finding."""
+    return Finding(check, "failed", exc.message, exc.hint, isinstance(exc, Unreachable))
+
+
+def _without_secrets(found: Finding) -> Finding:
+    """Passwords that stand in a URL are nobody's to read."""
+    return replace(found, words=_USER_INFO.sub("…@", found.words), remedy=_USER_INFO.sub("…@", found.remedy))
+
+
+# -- the site's own files
+
+
+def check_settings(visit: Visit) -> Iterator[Finding]:
+    """site.toml parses."""
+    visit.config = read_site_config(visit.site_file)
+    yield Finding("settings", "ok", f"{visit.site_file} of {visit.config.name}")
+
+
+def check_key(visit: Visit) -> Iterator[Finding]:
+    """The keystore opens with the password, and is nobody else's to read."""
+    signer = visit.unlock(visit.config)
+    yield Finding("key", "ok", f"opens; signs as {signer.address}")
+
+
+def check_password(visit: Visit) -> Iterator[Finding]:
+    """Where the password comes from, and who can read it."""
+    named = visit.config.keys.password_file
+    if PASSWORD_VARIABLE in os.environ:
+        yield Finding("password", "ok", f"from {PASSWORD_VARIABLE}")
+    elif named is None:
+        yield Finding("password", "warning", "from a prompt: an agent cannot start by itself",
+                      "set [keys] password_file, or run the agent under systemd with LoadCredential")
+    else:
+        yield _require_private(visit.config.resolve(named), "password")
+
+
+def check_journal(visit: Visit) -> Iterator[Finding]:
+    """The journal is this site's, of this version, and nobody else's to read."""
+    config, contract = visit.config, visit.contract
+    path = config.work_dir / "journal.sqlite"
+    if not path.exists():
+        yield Finding("journal", "ok", f"none yet; the agent starts one at {path}")
+        return
+    found = _require_private(path, "journal")
+    if found.status == "ok":
+        Journal(config.work_dir, chain_id=contract.chain_id, contract=contract.address, site=visit.site).close()
+    yield found
+
+
+def _require_private(path: Path, check: str) -> Finding:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as exc:
+        return Finding(check, "failed", f"cannot read {path}: {exc.strerror}", "correct the path in site.toml")
+    if os.name == "posix" and mode & 0o077:
+        return Finding(check, "failed", f"{path} is readable by others (mode {mode:o})", f"chmod 600 {path}")
+    return Finding(check, "ok", f"{path}, readable by its owner only")
+
+
+# -- the chain
+
+
+def check_deployment(visit: Visit) -> Iterator[Finding]:
+    """The deployment file parses."""
+    found = read_deployment(visit.config.resolve(visit.config.chain.deployment))
+    yield Finding("deployment", "ok", f"contract {found.contract} on chain {found.chain_id}")
+
+
+def check_nodes(visit: Visit) -> Iterator[Finding]:
+    """Each node answers, and how quickly."""
+    problems: list[SwarmError] = []
+    urls = visit.config.rpc_urls
+    for url in urls:
+        started = time.monotonic()
+        try:
+            node = Node(url, timeout_s=visit.config.chain.timeout_s)
+            head, took = node.read_head(), time.monotonic() - started
+            yield Finding("nodes", "ok", f"{url}: {node.client_version}, chain {node.chain_id}, block {head}, "
+                                         f"{1000 * took:.0f} ms")
+        except SwarmError as exc:
+            problems.append(exc)
+            if len(urls) > 1:
+                yield Finding("nodes", "warning", exc.message, "the other nodes are asked meanwhile")
+    if len(problems) == len(urls):
+        raise next((p for p in problems if not isinstance(p, ChainUnreachable)), problems[0])
+
+
+def check_contract(visit: Visit) -> Iterator[Finding]:
+    """Chain id and code at the address are the deployment's."""
+    visit.contract = open_contract(visit.config)
+    yield Finding("contract", "ok", f"this version's code lies at {visit.contract.address}")
+
+
+def check_profile(visit: Visit) -> Iterator[Finding]:
+    """The agent's rules fit what the node calls itself."""
+    node = visit.contract.node
+    fitting, client = choose_profile("auto", node.client_version), node.client_version
+    if fitting.name != node.profile.name:
+        yield Finding("profile", "warning", f"{node.profile.name}, but the node is {client}",
+                      '[chain] profile = "auto" chooses by what the node calls itself')
+    else:
+        yield Finding("profile", "ok", f"{node.profile.name} for {client}")
+
+
+def check_clock(visit: Visit) -> Iterator[Finding]:
+    """Time here against the chain's."""
+    node = visit.contract.node
+    ahead = visit.now() - node.read_time()
+    oldest = node.profile.head_age_max_s
+    if oldest is not None and ahead > oldest:
+        yield Finding("clock", "failed", f"the newest block is {describe_duration(ahead)} old",
+                      "the chain stands still (ask its validators), or set this machine's clock by NTP")
+    elif abs(ahead) > SKEW_MAX_S:
+        side = "behind" if ahead < 0 else "ahead of"
+        yield Finding("clock", "warning", f"this machine is {describe_duration(abs(ahead))} {side} the chain; "
+                                          "deadlines are the chain's", "set it by NTP")
+    else:
+        yield Finding("clock", "ok", f"within {abs(ahead):.0f} s of the chain's time")
+
+
+def check_membership(visit: Visit) -> Iterator[Finding]:
+    """The contract knows this key, and nobody is about to change that."""
+    config, contract = visit.config, visit.contract
+    address = read_address(config.resolve(config.keys.keystore))
+    if successor := contract.get_successor():
+        yield Finding("membership", "failed", f"the consortium has moved to the contract {successor}",
+                      "use the deployment file of the new contract")
+        return
+    visit.site = contract.get_site_index(address)
+    record = contract.get_sites()[visit.site]
+    if record.name != config.name:
+        yield Finding("membership", "warning", f"the contract knows this key as {record.name!r}, "
+                                               f"site.toml says {config.name!r}", "correct `name` in site.toml")
+    else:
+        yield Finding("membership", "ok", f"site {visit.site}, active")
+    now = contract.node.read_time()
+    for change in contract.get_proposals():
+        is_ours = change.subject == address or change.kind is Change.RETIRE
+        if is_ours and not change.executed and change.deadline > now and change.kind is not Change.ADMIT:
+            yield Finding("membership", "warning", f"proposal {change.proposal} is open: {_describe(change.kind)}",
+                          "`swarmchain consortium list` shows who approved it")
+
+
+def _describe(kind: Change) -> str:
+    return {Change.REMOVE: "remove this site", Change.ROTATE_KEY: "let this site sign with another key",
+            Change.RETIRE: "retire this contract", Change.ADMIT: "admit a site"}[kind]
+
+
+# -- store and machine
+
+
+def check_store(visit: Visit) -> Iterator[Finding]:
+    """A probe is written, read back and removed."""
+    visit.store = open_store(visit.config)
+    started = time.monotonic()
+    visit.store.require_writable()
+    took = time.monotonic() - started
+    if took > STORE_SLOW_S:
+        yield Finding("store", "warning", f"a probe took {took:.1f} s to write, read and remove",
+                      "every round waits for the store: look at the network between")
+    else:
+        yield Finding("store", "ok", f"a probe was written, read back and removed in {1000 * took:.0f} ms")
+
+
+def check_disk(visit: Visit) -> Iterator[Finding]:
+    """Room where journal and contributions go."""
+    free = _find_free_disk(visit.config.work_dir)
+    if free < DISK_MIN:
+        yield Finding("disk", "failed", f"{_size(free)} free at {visit.config.work_dir}",
+                      f"free space: {_size(DISK_MIN)} at least, or name another [agent] work_dir")
+    else:
+        yield Finding("disk", "ok", f"{_size(free)} free at {visit.config.work_dir}")
+
+
+def check_versions(visit: Visit) -> Iterator[Finding]:
+    """What to compare with the other sites."""
+    found = [f"{name} {metadata.version(name)}" for name in PACKAGES]
+    yield Finding("versions", "ok", ", ".join([f"swarmchain {__version__}", f"Python {platform.python_version()}",
+                                               *found]))
+
+
+def _find_free_disk(folder: Path) -> int:
+    try:
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        if not os.access(place, os.W_OK):
+            raise ConfigError(f"[agent] work_dir: {place} is not writable", hint="give it to the agent's user")
+        return shutil.disk_usage(place).free
+    except OSError as exc:
+        raise ConfigError(f"[agent] work_dir: cannot use {folder}: {exc.strerror}", hint="name another one") from exc
+
+
+def _read_free_memory() -> int | None:
+    """Bytes that a process may still take, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+# -- data and runs
+
+
+def check_data(visit: Visit) -> Iterator[Finding]:
+    """The site's file opens, and has the label column."""
+    data = visit.config.data
+    if data is None:
+        yield Finding("data", "warning", "site.toml has no [data]: only rehearsals can be joined",
+                      "name the site's AnnData file there")
+        return
+    from swarmchain.data import read_names  # takes AnnData
+
+    features, labels = read_names(visit.config.resolve(data.path), data.label_column)
+    unknown = sorted(set(data.label_map) - set(labels))
+    if unknown:
+        yield Finding("data", "warning", f"[data.label_map] renames {unknown[0]!r}, which no cell has",
+                      f"the labels are: {', '.join(labels[:12])}")
+    else:
+        yield Finding("data", "ok", f"{len(features)} features, {len(labels)} labels")
+
+
+def check_runs(visit: Visit) -> Iterator[Finding]:
+    """Data, memory, disk and time against the law of each run that matters."""
+    contract = visit.contract
+    numbers = [visit.run] if visit.run is not None else range(1, contract.get_run_count() + 1)
+    seen = 0
+    for number in numbers:
+        view = contract.view_run(number)
+        if visit.run is None and visit.site not in view.joined:
+            continue
+        name = f"run {number}"
+        try:
+            spec = read_spec(visit.store, view.spec)
+            if visit.run is None and is_over(view, spec.limits):
+                continue
+            seen += 1
+            yield from examine_run(visit, view, spec, name)
+        except SwarmError as exc:
+            yield fail(name, exc)
+    if not seen:
+        yield Finding("runs", "ok", "none under way with this site; `--run N` examines one before joining")
+
+
+def examine_run(visit: Visit, view: RunView, spec: Spec, name: str) -> Iterator[Finding]:
+    """One run: what it needs of the machine, and whether the data satisfy it and training makes the window."""
+    model, contribution = compute_size(checkpoint_layout(spec)), compute_size(contribution_layout(spec))
+    sites = max(len(view.joined | {visit.site}), spec.limits.sites_to_start)
+    yield _examine_room(f"{name} disk", _find_free_disk(visit.config.work_dir), sites * contribution + 3 * model,
+                        f"{sites} contributions and its own", "free space, or name another [agent] work_dir")
+    memory = _examine_room(f"{name} memory", _read_free_memory(), 2 * model + contribution,
+                           "two models and a contribution", "end other programs, or use a machine with more")
+    yield memory
+    if memory.status == "failed":
+        yield Finding(name, "skipped", "not looked at: memory comes first")
+        return
+    work = RunWork(visit.config, visit.store, view, site=visit.site, view_run=visit.contract.view_run)
+    counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in work.task.describe().items())
+    joined = "joined" if visit.site in view.joined else "not joined yet"
+    yield Finding(name, "ok", f"{spec.task} “{spec.name}”: the data satisfy its spec ({counts}); {joined}")
+    yield _examine_time(f"{name} time", work, view)
+
+
+def _examine_room(check: str, free: int | None, needed: int, what: str, remedy: str) -> Finding:
+    if free is None:
+        return Finding(check, "warning", f"{_size(needed)} are needed for {what}; what is free is not known")
+    words = f"{_size(needed)} are needed for {what}, {_size(free)} are free"
+    return Finding(check, "failed", words, remedy) if free < needed else Finding(check, "ok", words)
+
+
+def _examine_time(check: str, work: RunWork, view: RunView) -> Finding:
+    """One step of training, measured, times the steps of a round, against the commit window."""
+    if not isinstance(work.task, MeasuresSteps):
+        return Finding(check, "ok", "nothing is trained step by step")
+    step_s, steps = work.task.measure_step(work.read_parent(view)[1]), work.task.steps
+    needs_s, window_s = step_s * steps, view.terms.commit_window_s
+    words = (f"{1000 * step_s:.1f} ms a step, {steps} steps: {describe_duration(needs_s)} of the "
+             f"{describe_duration(window_s)} that a round waits")
+    if needs_s > window_s:
+        return Finding(check, "failed", words, "more [agent] threads, a faster machine, or a run with a longer window")
+    return Finding(check, "warning" if needs_s > TIGHT * window_s else "ok", words,
+                   "close: other work on this machine may cost rounds" if needs_s > TIGHT * window_s else "")
+
+
+Check = Callable[[Visit], Iterator[Finding]]
+CHECKS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
+    ("settings", check_settings, ()),
+    ("password", check_password, ("settings",)),
+    ("key", check_key, ("settings",)),
+    ("deployment", check_deployment, ("settings",)),
+    ("nodes", check_nodes, ("settings",)),
+    ("contract", check_contract, ("deployment", "nodes")),
+    ("profile", check_profile, ("contract",)),
+    ("clock", check_clock, ("contract",)),
+    ("membership", check_membership, ("contract",)),
+    ("journal", check_journal, ("membership",)),
+    ("disk", check_disk, ("settings",)),
+    ("store", check_store, ("settings",)),
+    ("data", check_data, ("settings",)),
+    ("versions", check_versions, ()),
+    ("runs", check_runs, ("membership", "store")),
+)
