@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import World
 from test_audit import Play
 
 from swarmchain.audit import audit_run, read_record
 from swarmchain.certify import gather_one
+from swarmchain.cli import cli
 from swarmchain.consortium import start_consortium
 from swarmchain.errors import ConfigError, KeystoreError, NotRecipient, StoreError
 from swarmchain.keys import SealKey, create_seal_key, open_seal_key, read_seal_public
@@ -275,7 +277,9 @@ def test_invalid_disclosure(tmp_path: Path, members: Members) -> None:
         disclosed.get_blob(other, bytes_max=20)
 
 
-def test_sealed_swarm_of_real_agents_ends_with_one_checkpoint(tmp_path: Path) -> None:
+def test_sealed_swarm_of_real_agents_ends_with_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Three processes over a sealed store: nothing that was trained lies there in the clear."""
     with start_consortium(tmp_path, {f"site-{i}": None for i in range(3)}, seed=1) as swarm:
         for site in swarm.sites:
@@ -300,6 +304,20 @@ def test_sealed_swarm_of_real_agents_ends_with_one_checkpoint(tmp_path: Path) ->
         assert read_checkpoint(member, view.checkpoint, spec)
         said = "".join(path.read_text() for site in swarm.sites for path in (site.log, site.errors))
         assert password not in said and key.derive_content_key("x", "y").hex() not in said
+        # an auditor, who holds no member's key, with the commands alone
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SWARMCHAIN_PASSWORD", "of the auditor")
+        said = CliRunner().invoke(cli, ["run", "auditor-key", "--out", "auditor-key.json"]).stdout.strip()
+        monkeypatch.delenv("SWARMCHAIN_PASSWORD")
+        site = ["--site", str(swarm.sites[1].toml)]
+        done = CliRunner().invoke(cli, ["run", "disclose", str(run), *site, "--to", said, "--out", "run.keys"])
+        assert done.exit_code == 0, done.output
+        monkeypatch.setenv("SWARMCHAIN_PASSWORD", "of the auditor")
+        verify = ["run", "verify", str(run), "--rpc", swarm.chain.rpc_url, "--deployment", "deployment.json",
+                  "--store", "store"]
+        done = CliRunner().invoke(cli, [*verify, "--keys", "run.keys", "--auditor-key", "auditor-key.json"])
+        assert done.exit_code == 0 and "merges recomputed bit for bit" in done.output, done.output
+        assert "not proven" in str(CliRunner().invoke(cli, verify).exception)
         # pruning takes envelopes and ciphertexts along
         before = set(swarm.store.list_all())
         prune(swarm.contract, swarm.store, plan_pruning(swarm.contract, swarm.store, keep_rounds=1))

@@ -21,6 +21,7 @@ from swarmchain.cli.common import (
     unlock_keystore,
     unlock_seal_key,
 )
+from swarmchain.cli.disclose import auditor_key, disclose
 from swarmchain.cli.verify import verify
 from swarmchain.config import read_site_card, write_file
 from swarmchain.errors import ConfigError, SpecError
@@ -49,7 +50,8 @@ def run() -> None:
     """Plan, propose, join, list, export and verify runs."""
 
 
-run.add_command(verify)
+for command in (verify, disclose, auditor_key):
+    run.add_command(command)
 
 
 @run.group()
