@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,6 +146,29 @@ def test_join_shows_the_spec_and_needs_consent(swarm: Consortium, trained: tuple
     assert read_json("run", "join", run, *site, folder=sites)["told"] == "joined already"
     assert f"South left run {run}" in swarmchain("run", "leave", run, *site, folder=sites)
     assert f"South is not in run {run}" in swarmchain("run", "stop", run, *site, folder=sites)
+
+
+def answer(text: str, *words: object, folder: Path) -> tuple[int, str]:
+    """A command at a terminal at which somebody types `text`."""
+    master, slave = os.openpty()
+    try:
+        os.write(master, text.encode() + b"\n")
+        done = subprocess.run([sys.executable, "-m", "swarmchain", *map(str, words)], cwd=folder, stdin=slave,
+                              capture_output=True, text=True, timeout=120)
+    finally:
+        os.close(master)
+        os.close(slave)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_consent_is_asked_for_at_a_terminal(swarm: Consortium, sites: Path) -> None:
+    digest = swarm.store.put_blob(encode_spec(REHEARSAL.model_copy(update={"name": "asked"})))
+    run = swarm.contract.propose_run(swarm.sites[0].signer, spec=digest, terms=Terms(60, 60, 2))
+    join = ("run", "join", run, "--site", "East/site.toml")
+    code, said = answer("n", *join, folder=sites)
+    assert code == 1 and f"Does East consent to run {run}?" in said and "no consent was given" in said
+    code, said = answer("y", *join, folder=sites)
+    assert code == 0 and f"East joined run {run}" in said
 
 
 def test_stop_waits_for_the_end_of_the_round(swarm: Consortium, sites: Path) -> None:
