@@ -16,7 +16,7 @@ from swarmchain.config import DataConfig
 from swarmchain.data import read_cells
 from swarmchain.examples import BagSet, TrainingSet, prepare_training
 from swarmchain.metrics import compute_auroc, summarize_f1
-from swarmchain.model import build_model, load_state
+from swarmchain.model import load_model
 from swarmchain.selection import SiteData, select_cells
 from swarmchain.spec import DonorSpec
 
@@ -37,8 +37,7 @@ def load_test(files: Mapping[str, Path], config: DataConfig, seed: Arrays, spec:
 
 def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: DonorSpec) -> Floats:
     """Class probabilities of all samples in `examples.validation`, [samples, labels]."""
-    model = build_model(spec)
-    load_state(model, parameters)
+    model = load_model(spec, parameters)
     return examples.predict(model, examples.validation)
 
 
