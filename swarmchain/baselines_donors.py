@@ -18,7 +18,7 @@ from swarmchain.examples import BagSet, TrainingSet, prepare_training
 from swarmchain.metrics import compute_auroc, summarize_f1
 from swarmchain.model import load_model
 from swarmchain.selection import SiteData, select_cells
-from swarmchain.spec import DonorSpec
+from swarmchain.spec import DonorSpec, Minimums
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -26,7 +26,8 @@ Ints = npt.NDArray[np.int64]
 
 def load_test(files: Mapping[str, Path], config: DataConfig, seed: Arrays, spec: DonorSpec) -> TrainingSet | BagSet:
     """Samples that no site trains on, all of them in `validation`. Raises `DataError` as `data.select_cells` does."""
-    asked = spec.model_copy(update={"labels_min": 0, "panel": spec.panel.model_copy(update={"share_min": 0.0})})
+    asked = spec.model_copy(update={"labels_min": 0, "minimums": Minimums(cells=1, cells_per_label=1),
+                                    "panel": spec.panel.model_copy(update={"share_min": 0.0})})
     parts = [select_cells(read_cells(path, config, spec.normalization), asked) for path in files.values()]
     pooled = pool(parts, seed)
     everything = SiteData(x=pooled.x, y=pooled.y, present=pooled.present, train=np.zeros(0, dtype=np.int64),
@@ -42,7 +43,7 @@ def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: Do
 
 
 def predict_linear(pooled: SiteData, seed: Arrays, test: TrainingSet | BagSet, spec: DonorSpec) -> Floats:
-    """Logistic regression (scikit-learn, C = 0.01, balanced) on the pooled rows or pseudobulks; as `predict_samples`."""
+    """Logistic regression (scikit-learn, C = 0.01, balanced) on pooled rows or pseudobulks; as `predict_samples`."""
     from sklearn.linear_model import LogisticRegression
 
     own = prepare_training(pooled, spec, seed, np.ones(len(spec.labels)))

@@ -209,8 +209,9 @@ def predict_bags(parameters: Arrays, x: Floats, samples: Ints, spec: DonorSpec) 
 
 def sum_weights(draw: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Upper bounds of each example's part of [0, 1), from its probability."""
-    bounds = draw.cumsum()
-    return bounds / bounds[-1]
+    bounds: npt.NDArray[np.float64] = draw.cumsum()
+    bounds /= bounds[-1]
+    return bounds
 
 
 def draw_weighted(generator: np.random.Generator, bounds: npt.NDArray[np.float64], shape: tuple[int, int]) -> Ints:
