@@ -171,6 +171,7 @@ class CellTypeTask:
         rows = [source_spec.labels.index(label) for label in spec.labels]
         counts = statistics["samples_per_label" if isinstance(spec, DonorSpec) else "cells_per_label"]
         self._cells = prepare_training(self._data, spec, constants, counts[rows])
+        self._scored: tuple[Arrays, float | None] = ({}, None)
         self.labels = find_labels(self._cells)
 
     def describe(self) -> dict[str, int]:
@@ -207,10 +208,14 @@ class CellTypeTask:
         from swarmchain.trainer import score_checkpoint
 
         own = self._kept.read(self._spec.limits.rounds) or {}
+        last, self._scored = self._scored, ({}, None)
         score = score_checkpoint({**merged, **own}, self._cells, self._spec)
         if score is None:
             return True, None
-        before = score_checkpoint({**parent, **own}, self._cells, self._spec) or 0.0
+        # what was merged last is mostly the parent now, and its score stands unless the site's own parts moved
+        is_known = not own and _is_same(parent, last[0])
+        before = (last[1] if is_known else score_checkpoint({**parent, **own}, self._cells, self._spec)) or 0.0
+        self._scored = (merged, score)
         return score >= before - self._spec.gate.score_drop_max, score
 
     def rate(self, past: Past) -> tuple[Rating, ...]:
@@ -350,6 +355,10 @@ def start_parent(spec: SumSpec | RehearsalSpec) -> Arrays:
     if isinstance(spec, SumSpec):
         return {}
     return {name: np.zeros(shape, dtype) for name, (dtype, shape) in checkpoint_layout(spec).items()}
+
+
+def _is_same(one: Arrays, other: Arrays) -> bool:
+    return one is other or (one.keys() == other.keys() and all(np.array_equal(one[n], other[n]) for n in one))
 
 
 def _count(data: Any) -> dict[str, int]:
