@@ -18,7 +18,7 @@ from swarmchain.examples import BagSet, TrainingSet, prepare_training
 from swarmchain.metrics import compute_auroc, summarize_f1
 from swarmchain.model import build_model, load_state
 from swarmchain.selection import SiteData, select_cells
-from swarmchain.spec import DonorSpec
+from swarmchain.spec import DonorSpec, TrainedSpec
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ def load_test(files: Mapping[str, Path], config: DataConfig, seed: Arrays, spec:
     return prepare_training(everything, spec, seed, np.ones(len(spec.labels)))
 
 
-def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: DonorSpec) -> Floats:
+def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: TrainedSpec) -> Floats:
     """Class probabilities of all samples in `examples.validation`, [samples, labels]."""
     model = build_model(spec)
     load_state(model, parameters)

@@ -88,6 +88,14 @@ def draw_state(spec: TrainedSpec) -> dict[str, npt.NDArray[Any]]:
     return parameters
 
 
+def compute_logits(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
+    model.eval()
+    with torch.no_grad():
+        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
+    return logits
+
+
 def predict_probabilities(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Class probabilities [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
     model.eval()
@@ -129,7 +137,4 @@ def predict_logits(spec: TrainedSpec, state: Arrays, x: npt.NDArray[np.float32])
     """Logits [N, C] of standardised cells [N, F] by the spec's network with these weights."""
     model = build_model(spec)
     load_state(model, state)
-    model.eval()
-    with torch.no_grad():
-        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
-    return logits
+    return compute_logits(model, x)

@@ -42,7 +42,8 @@ STYLE: Any = {
 }
 
 
-def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title: str = "Confusion") -> None:
+def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title: str = "Confusion",
+                   unit: str = "cells") -> None:
     """Row-normalised confusion matrix, [labels, labels] of counts: label in rows, call in columns."""
     count = len(labels)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -66,13 +67,13 @@ def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title:
         axes.set_yticks(np.arange(-0.5, count), minor=True)
         axes.grid(which="minor", color="#cccccc", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
-        axes.set(xlabel="call", ylabel="label (cells)", title=f"{title}, n = {confusion.sum():,} cells")
-        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's cells")
+        axes.set(xlabel="call", ylabel=f"label ({unit})", title=f"{title}, n = {confusion.sum():,} {unit}")
+        figure.colorbar(image, ax=axes, shrink=0.8, label=f"share of the label's {unit}")
         save(figure, path)
 
 
 def plot_f1(arms: Mapping[str, Sequence[float | None]], labels: Sequence[str], support: Sequence[int], path: Path, *,
-            title: str = "F1 per cell type") -> None:
+            title: str = "F1 per label", unit: str = "cells") -> None:
     """Bars of F1 for every label, one for each arm (swarm, local, central); labels without any cell are left out."""
     rows = [i for i, n in enumerate(support) if n]
     labels, support = [labels[i] for i in rows], [support[i] for i in rows]
@@ -89,7 +90,7 @@ def plot_f1(arms: Mapping[str, Sequence[float | None]], labels: Sequence[str], s
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
         axes.set_yticks(range(count), _add_counts(labels, support))
         axes.set_ylim(count - 0.45, -0.55)
-        axes.set(xlim=(0, 1.08), xlabel="F1", title=f"{title}, n = {sum(support):,} cells")
+        axes.set(xlim=(0, 1.08), xlabel="F1", title=f"{title}, n = {sum(support):,} {unit}")
         axes.set_xticks(np.arange(0, 1.01, 0.2))
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.tick_params(axis="y", length=0)
@@ -120,7 +121,7 @@ def plot_curves(rounds: Sequence[int], sites: Mapping[str, Sequence[float | None
 
 
 def plot_reliability(bars: Sequence[Any], path: Path, *, error: float, threshold: float | None = None,
-                     title: str = "Reliability") -> None:
+                     title: str = "Reliability", unit: str = "cells") -> None:
     """Share of right calls against confidence, and how many calls there are; `bars` as `calibration.Bar`."""
     cells = sum(bar.cells for bar in bars)
     with mpl.rc_context(STYLE):
@@ -137,8 +138,8 @@ def plot_reliability(bars: Sequence[Any], path: Path, *, error: float, threshold
                 axes.axvline(threshold, color=WRONG, linewidth=1.4,
                              label=f"unknown below {threshold:.2f}" if axes is upper else None)
         upper.set(ylim=(0, 1.02), ylabel="share of right calls",
-                  title=f"{title}, n = {cells:,} cells\nexpected calibration error {error:.3f}")
-        lower.set(xlim=(0, 1), xlabel="confidence", ylabel="cells")
+                  title=f"{title}, n = {cells:,} {unit}\nexpected calibration error {error:.3f}")
+        lower.set(xlim=(0, 1), xlabel="confidence", ylabel=unit)
         lower.set_yscale("symlog", linthresh=1)
         upper.legend(loc="upper left")
         save(figure, path)
@@ -198,13 +199,14 @@ def compute_umap(data: anndata.AnnData, *, seed: int = 0) -> anndata.AnnData:
 
 
 def draw_evaluation(folder: Path, labels: Sequence[str], confusion: Ints, *, bars: Sequence[Any], error: float,
-                    threshold: float) -> list[str]:
+                    threshold: float, unit: str = "cells") -> list[str]:
     """Confusion matrix, F1 and reliability of an evaluation, as PNG and SVG; returns the names of the PNGs."""
     scores, support = compute_class_scores(confusion)
     for kind in ("png", "svg"):
-        plot_confusion(confusion, labels, folder / f"confusion.{kind}", title="Validation cells of all sites")
-        plot_f1({"swarm": scores}, labels, support, folder / f"f1.{kind}")
-        plot_reliability(bars, folder / f"reliability.{kind}", error=error, threshold=threshold)
+        plot_confusion(confusion, labels, folder / f"confusion.{kind}", title=f"Validation {unit} of all sites",
+                       unit=unit)
+        plot_f1({"swarm": scores}, labels, support, folder / f"f1.{kind}", unit=unit)
+        plot_reliability(bars, folder / f"reliability.{kind}", error=error, threshold=threshold, unit=unit)
     return ["confusion.png", "f1.png", "reliability.png"]
 
 
