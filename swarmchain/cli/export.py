@@ -49,5 +49,6 @@ def export(number: int, site_file: Path, out: Path, evaluation: int | None, as_j
         click.echo("no evaluation: confidences are not calibrated, and nothing is marked unknown")
     else:
         click.echo(f"macro-F1 {found.macro_f1:.3f} on {found.cells} validation {unit}; temperature "
-                   f"{found.temperature}; unknown below {found.threshold}" + ("" if found.is_reached else " (the target was not reached)"))
+                   f"{found.temperature}; unknown below {found.threshold}"
+                   + ("" if found.is_reached else " (the target was not reached)"))
     click.echo(f"wrote {', '.join([f'{out}/{files[0]}', *files[1:], *pictures])}")
