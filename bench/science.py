@@ -3,8 +3,8 @@
     SWARMCHAIN_DATA=DIR python bench/science.py [--data NAME …] [--seeds 3] [--rounds 100] [--real] [--write] [--json]
 
 `SWARMCHAIN_DATA` names the folder with the sets and `splits/`. `--real` plays the first seed again through agents on a
-chain and demands the same checkpoint. `--write` puts the table into docs/benchmarks.md and the figures into docs/images;
-with `--out` and then `--read` the measuring may be spread over several calls.
+chain and demands the same checkpoint. `--write` puts the table into docs/benchmarks.md and the figures into
+docs/images; with `--out` and then `--read` the measuring may be spread over several calls.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def make_settings(name: str, **changes: Any) -> Settings:
         sys.exit("SWARMCHAIN_DATA must name the folder that holds pbmc_multistudy, cytof_multicenter and splits")
     data, splits, settings = SETS[name]
     training = recommend_training(settings["normalization"])
-    return Settings(**{"training": training, "data": Path(root) / data, "splits": Path(root) / "splits" / splits, **settings, **changes})
+    paths = {"data": Path(root) / data, "splits": Path(root) / "splits" / splits}
+    return Settings(**{"training": training, **paths, **settings, **changes})
 
 
 def check_real(settings: Settings, found: dict[str, Any], name: str) -> None:

@@ -2,10 +2,10 @@
 
     SWARMCHAIN_DATA=DIR python bench/training.py [--rounds 20] [--repeats 3] [--memory] [--json]
 
-On one core, in one process, turn about: the swarm (`swarmchain.inprocess`: all sites' training, coding, store, merge and
-judging), and pooled training of the same network with the same total number of steps (sites × rounds × steps), by the
-same code. Medians of the repeats, and of the ratio of each pair, by the clock and by the processor's time (which does not
-know who else uses the core). Reading and standardising the cells is in neither.
+On one core, in one process, turn about: the swarm (`swarmchain.inprocess`: all sites' training, coding, store, merge
+and judging), and pooled training of the same network with the same total number of steps (sites × rounds × steps), by
+the same code. Medians of the repeats, and of the ratio of each pair, by the clock and by the processor's time (which
+does not know who else uses the core). Reading and standardising the cells is in neither.
 `--memory`: a process of its own for each site does what its agent does for a statistics run and two rounds; the peak of
 its resident memory, beside that of a process that only imports the same libraries.
 """
@@ -143,8 +143,8 @@ def main() -> None:
     print("| data | sites | rounds × steps | swarm, s | pooled, same total steps, s | ratio | of CPU time |\n"
           "|---|---:|---:|---:|---:|---:|---:|")
     for r in rows:
-        print(f"| {r['data']} | {r['sites']} | {r['rounds']} × {r['steps']} | {r['swarm_s']:.1f} | {r['central_s']:.1f} "
-              f"| {r['ratio']:.2f} | {r['cpu_ratio']:.2f} |")
+        print(f"| {r['data']} | {r['sites']} | {r['rounds']} × {r['steps']} | {r['swarm_s']:.1f} "
+              f"| {r['central_s']:.1f} | {r['ratio']:.2f} | {r['cpu_ratio']:.2f} |")
     for row in memory:
         print(f"{row['data']} {row['site']}: peak {row['peak_mb']} MB, libraries alone {row['libraries_mb']} MB")
 

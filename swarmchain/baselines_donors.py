@@ -43,7 +43,7 @@ def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: Do
 
 
 def predict_linear(pooled: SiteData, seed: Arrays, test: TrainingSet | BagSet, spec: DonorSpec) -> Floats:
-    """Logistic regression (scikit-learn, C = 0.01, balanced) on the pooled rows or pseudobulks; as `predict_samples`."""
+    """Logistic regression (scikit-learn, C = 0.01, balanced) on pooled rows or pseudobulks; as `predict_samples`."""
     from sklearn.linear_model import LogisticRegression
 
     own = prepare_training(pooled, spec, seed, np.ones(len(spec.labels)))

@@ -1,10 +1,10 @@
 """A swarm against the alternatives, on fixed splits: what sharing the training is worth, and how sure that is.
 
 Arms, all scored on the same held-out cells: `swarm`; `central`, all training cells in one place; every site alone, with
-the mean and the worst of them; `linear`, a multinomial logistic regression on the pooled cells. All networks are trained
-with the swarm's own code, from the same seed checkpoint, and stand on the same statistics. A local arm takes rounds ×
-steps, as each site of the swarm does; the central arm takes as many, or, with `central_steps="sum"`, as many as all
-sites take together.
+the mean and the worst of them; `linear`, a multinomial logistic regression on the pooled cells. All networks are
+trained with the swarm's own code, from the same seed checkpoint, and stand on the same statistics. A local arm takes
+rounds × steps, as each site of the swarm does; the central arm takes as many, or, with `central_steps="sum"`, as many
+as all sites take together.
 
 The swarm is played in one process (`inprocess`) or by agents as processes on a chain of their own (`consortium`): the
 same checkpoint, bit for bit.
@@ -61,12 +61,12 @@ class Settings:
     label_column: str = "cell_type"
     donor_column: str | None = None
     state: State = "auto"
-    normalization: Normalization = Normalization()
+    normalization: Normalization = field(default_factory=Normalization)
     sites_per_feature_min: int = 1
     panel_share_min: float = 0.3
     rounds: int = 100
-    model: Model = Model()
-    training: Training = Training()
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
     seeds: int = 3
     central_steps: Literal["site", "sum"] = "site"
     is_real: bool = False
@@ -177,7 +177,8 @@ def change_law(model: Model, training: Training, changes: Mapping[str, str]) -> 
             parts[part] = type(parts[part]).model_validate_json(
                 json.dumps({**parts[part].model_dump(mode="json"), name: value}))
         except ValidationError as exc:
-            raise ConfigError(f"{key}={text}: {first_problem(exc)}", hint="docs/benchmarks.md shows settings that serve") from exc
+            raise ConfigError(f"{key}={text}: {first_problem(exc)}",
+                              hint="docs/benchmarks.md shows settings that serve") from exc
     changed_model, changed_training = parts["model"], parts["training"]
     assert isinstance(changed_model, Model) and isinstance(changed_training, Training)
     return changed_model, changed_training

@@ -87,6 +87,8 @@ class Minimums(Strict):
     donors: Annotated[int, Field(ge=0)] = 0
     cells_per_label: Annotated[int, Field(ge=1)] = 5
     donors_per_label: Annotated[int, Field(ge=0)] = 0
+
+
 class Term(Strict):
     """What a label means: its Cell Ontology id, and the coarser label that it is a kind of."""
 

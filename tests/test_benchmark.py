@@ -189,7 +189,7 @@ def test_invalid_data_file(tmp_path: Path, kind: str) -> None:
     _, table = deal_counts(tmp_path)
     if kind != "missing":
         (tmp_path / "all.h5ad").write_bytes(b"nothing of the kind")
-    with pytest.raises(DataError, match="all.h5ad"):
+    with pytest.raises(DataError, match=r"all\.h5ad"):
         run_benchmark(Settings(data=tmp_path / "all.h5ad", splits=table))
 
 
