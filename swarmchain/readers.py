@@ -217,7 +217,7 @@ def _annotate(source: Source, path: Path, key: str | None) -> Source:
     rows = _find_rows(source.cells, keys)
     if (rows < 0).all():
         raise DataError(f"{path} names none of the {len(source.cells)} cells of {source.path}",
-                        hint="name the column of the cells' names in [data] labels_key")
+                        hint="name the column of the cells' names in [data] labels_key, or with --labels-key")
     beside = tuple(map(str, table.columns))
 
     def read_column(name: str) -> Any:

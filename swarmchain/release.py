@@ -158,8 +158,9 @@ def _evaluate(view: RunView, spec: EvaluationSpec, sums: Arrays, *, sites: tuple
 
 def _describe_site(site: int, name: str, records: Sequence[RoundRecord]) -> SiteRow:
     shares = [item for record in records if record.manifest for item in record.manifest.included if item.site == site]
-    return SiteRow(site=site, name=name, rounds=len(shares),
-                   weight=sum(item.weight for item in shares) / len(shares) if shares else None,
+    counted = [item.weight for item in shares if not item.doubt]
+    return SiteRow(site=site, name=name, rounds=len(counted),
+                   weight=sum(counted) / len(counted) if counted else None,
                    cells_train=shares[-1].samples if shares else None)
 
 
@@ -167,10 +168,16 @@ def _describe_round(record: RoundRecord, names: Mapping[int, str]) -> RoundRow:
     manifest = record.manifest
     return RoundRow.model_validate({
         "round": record.round_id, "outcome": record.outcome.name.lower(), "checkpoint": record.checkpoint or None,
-        "included": _name_sites(manifest, names) if manifest else (),
-        "excluded": {names[item.site]: str(item.reason) for item in manifest.excluded} if manifest else {},
+        "included": [names[item.site] for item in manifest.included if not item.doubt] if manifest else (),
+        "excluded": {names[site]: reason for site, reason in _find_left_out(manifest)} if manifest else {},
         "scores": {names[site]: score / BPS for site, score in sorted(record.scores.items())},
     })
+
+
+def _find_left_out(manifest: Manifest) -> list[tuple[int, str]]:
+    """Sites without a part in a round's checkpoint, and why: not merged at all, or with no weight."""
+    return [*((item.site, str(item.reason)) for item in manifest.excluded),
+            *((item.site, item.doubt) for item in manifest.included if item.doubt)]
 
 
 def _name_sites(manifest: Manifest, names: Mapping[int, str]) -> tuple[str, ...]:
