@@ -53,10 +53,11 @@ from swarmchain.methods import METHODS
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics
 from swarmchain.protocol import EFFECT_MNAT_MAX, Opening, Rating, RoundKey
-from swarmchain.rating import rate_contributions
+from swarmchain.rating import find_labels, rate_contributions
 from swarmchain.selection import select_cells, select_panel
 from swarmchain.spec import CellTypeSpec, Limits, Normalization, Training
 from swarmchain.trainer import TrainingSet, prepare_training, train_round
+from swarmchain.trust import Claim
 
 DATA = ("pbmc_multistudy", "cytof_multicenter_small")
 ATTACKS = ("scale", "sign", "nan", "label flip", "gaussian", "ipm", "inflation")
@@ -170,7 +171,8 @@ def play(name: str, rounds: int, method: dict[str, Any], attack: str, hostile: t
             deltas, samples = contribution.deltas, contribution.samples
             if i in bad:
                 deltas, samples = spoil(attack, deltas, honest, noise), CLAIM if attack == "inflation" else samples
-            opening = Opening(digest="0" * 64, samples=samples, nonce="0" * 64, ratings=ratings.get(i, ()))
+            opening = Opening(digest="0" * 64, samples=samples, nonce="0" * 64, labels=find_labels(task.cells[i]),
+                              ratings=ratings.get(i, ()))
             gathered.append(Gathered("0" * 64, opening, Input(i, samples, deltas, compute_norm(deltas))))
         previous = (NO_PARENT, None) if made is None else (made.manifest_digest, made.manifest)
         made = certify(spec, ("0" * 64, parent), (gathered, []), previous=previous, spec_digest="0" * 64, rejections=0,
@@ -189,11 +191,13 @@ def rate(rater: int, bad: frozenset[int], parent: Arrays, found: tuple[list[Gath
          cells: list[TrainingSet], spec: CellTypeSpec) -> tuple[Rating, ...]:
     """What a site says of the others: what it measured, or, if it is hostile, the worst of all honest ones."""
     clips = {item.site: item.clip_factor for item in found[1].manifest.included}
+    labels = {item.site: item.labels for item in found[1].manifest.included}
     others = [item.contribution for item in found[0] if item.contribution.site != rater]
+    claims = [Claim(o.site, clips[o.site], labels[o.site], o.tensors) for o in others]
     if rater in bad:
         return tuple(Rating(site=o.site, effect_mnat=-EFFECT_MNAT_MAX if o.site in bad else EFFECT_MNAT_MAX)
                      for o in others)
-    return rate_contributions(parent, ((o.site, clips[o.site], o.tensors) for o in others), cells[rater], spec)
+    return rate_contributions(parent, claims, cells[rater], spec)
 
 
 def flip(cells: TrainingSet, labels: int) -> TrainingSet:

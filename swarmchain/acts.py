@@ -147,7 +147,7 @@ class Acts:
         pace = Pace(key.run, round(time.monotonic() - started, 3), float(self.view.terms.commit_window_s))
         digest = compute_digest(data)
         nonce = self.site.signer.derive_salt(key, digest)
-        opening = Opening(digest=digest, samples=samples, ratings=ratings, nonce=nonce)
+        opening = Opening(digest=digest, samples=samples, labels=self.work.task.labels, ratings=ratings, nonce=nonce)
         journal.record_contribution(key, opening, data)
         journal.record_pace(pace)
         self.found.remember(is_too_slow=pace.is_too_slow)

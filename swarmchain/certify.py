@@ -113,7 +113,7 @@ def certify(
     included = tuple(
         Included(
             site=item.contribution.site, commitment=item.commitment, digest=item.opening.digest,
-            samples=item.opening.samples, norm=by_site[item.contribution.site].norm,
+            samples=item.opening.samples, labels=item.opening.labels, norm=by_site[item.contribution.site].norm,
             clip_factor=by_site[item.contribution.site].clip_factor, weight=by_site[item.contribution.site].weight,
             doubt="found harmful" if item.contribution.site in harmful else None,
         )

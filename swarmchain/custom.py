@@ -118,6 +118,8 @@ class CustomTask:
         Where the site keeps its local tensors.
     """
 
+    labels: tuple[int, ...] = ()
+
     def __init__(self, spec: CustomSpec, model: nn.Module, *, score: Score | None, folder: Path) -> None:
         self._spec, self._model, self._score = spec, model, score
         self._kept = Keeper(folder, "local", local_layout(spec))

@@ -9,55 +9,33 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from swarmchain import __version__
 from swarmchain.chain import SwarmContract
-from swarmchain.checkpoint import compute_size
 from swarmchain.config import SiteConfig, read_deployment, read_site_config
 from swarmchain.describe import describe_duration
 from swarmchain.duties import is_over
-from swarmchain.errors import ChainUnreachable, ConfigError, SwarmError, Unreachable
+from swarmchain.errors import ChainUnreachable, SwarmError, Unreachable
+from swarmchain.fitness import Desk, Finding, describe_size, examine_run, find_free_disk
 from swarmchain.journal import Journal
 from swarmchain.keys import PASSWORD_VARIABLE, Signer, read_address
-from swarmchain.layouts import checkpoint_layout, contribution_layout
 from swarmchain.node import Node
 from swarmchain.profiles import choose_profile
-from swarmchain.protocol import Change, RunView
+from swarmchain.protocol import Change
 from swarmchain.site import open_contract
-from swarmchain.spec import Spec
 from swarmchain.store import Store, open_store, read_spec
-from swarmchain.tasks import MeasuresSteps
-from swarmchain.work import RunWork
 
 SKEW_MAX_S = 30.0
 DISK_MIN = 1 << 30
 STORE_SLOW_S = 5.0
-# the share of a window beyond which training is called tight
-TIGHT = 0.5
 PACKAGES = ("numpy", "torch", "anndata", "web3", "fsspec")
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
-
-Status = Literal["ok", "failed", "warning", "skipped"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: what was found, and what to do about it where it is not well."""
-
-    check: str
-    status: Status
-    words: str
-    remedy: str = ""
-    is_unreachable: bool = False
-
 
 @dataclass
 class Visit:
@@ -279,12 +257,12 @@ def check_store(visit: Visit) -> Iterator[Finding]:
 
 def check_disk(visit: Visit) -> Iterator[Finding]:
     """Room where journal and contributions go."""
-    free = _find_free_disk(visit.config.work_dir)
+    free = find_free_disk(visit.config.work_dir)
     if free < DISK_MIN:
-        yield Finding("disk", "failed", f"{_size(free)} free at {visit.config.work_dir}",
-                      f"free space: {_size(DISK_MIN)} at least, or name another [agent] work_dir")
+        yield Finding("disk", "failed", f"{describe_size(free)} free at {visit.config.work_dir}",
+                      f"free space: {describe_size(DISK_MIN)} at least, or name another [agent] work_dir")
     else:
-        yield Finding("disk", "ok", f"{_size(free)} free at {visit.config.work_dir}")
+        yield Finding("disk", "ok", f"{describe_size(free)} free at {visit.config.work_dir}")
 
 
 def check_versions(visit: Visit) -> Iterator[Finding]:
@@ -292,33 +270,6 @@ def check_versions(visit: Visit) -> Iterator[Finding]:
     found = [f"{name} {metadata.version(name)}" for name in PACKAGES]
     yield Finding("versions", "ok", ", ".join([f"swarmchain {__version__}", f"Python {platform.python_version()}",
                                                *found]))
-
-
-def _find_free_disk(folder: Path) -> int:
-    try:
-        place = next(p for p in (folder, *folder.parents) if p.exists())
-        if not os.access(place, os.W_OK):
-            raise ConfigError(f"[agent] work_dir: {place} is not writable", hint="give it to the agent's user")
-        return shutil.disk_usage(place).free
-    except OSError as exc:
-        raise ConfigError(f"[agent] work_dir: cannot use {folder}: {exc.strerror}", hint="name another one") from exc
-
-
-def _read_free_memory() -> int | None:
-    """Bytes that a process may still take, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 # -- data and runs
@@ -357,51 +308,11 @@ def check_runs(visit: Visit) -> Iterator[Finding]:
             if visit.run is None and is_over(view, spec.limits):
                 continue
             seen += 1
-            yield from examine_run(visit, view, spec, name)
+            yield from examine_run(Desk(visit.config, visit.site, visit.store, contract.view_run), view, spec)
         except SwarmError as exc:
             yield fail(name, exc)
     if not seen:
         yield Finding("runs", "ok", "none under way with this site; `--run N` examines one before joining")
-
-
-def examine_run(visit: Visit, view: RunView, spec: Spec, name: str) -> Iterator[Finding]:
-    """One run: what it needs of the machine, and whether the data satisfy it and training makes the window."""
-    model, contribution = compute_size(checkpoint_layout(spec)), compute_size(contribution_layout(spec))
-    sites = max(len(view.joined | {visit.site}), spec.limits.sites_to_start)
-    yield _examine_room(f"{name} disk", _find_free_disk(visit.config.work_dir), sites * contribution + 3 * model,
-                        f"{sites} contributions and its own", "free space, or name another [agent] work_dir")
-    memory = _examine_room(f"{name} memory", _read_free_memory(), 2 * model + contribution,
-                           "two models and a contribution", "end other programs, or use a machine with more")
-    yield memory
-    if memory.status == "failed":
-        yield Finding(name, "skipped", "not looked at: memory comes first")
-        return
-    work = RunWork(visit.config, visit.store, view, site=visit.site, view_run=visit.contract.view_run)
-    counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in work.task.describe().items())
-    joined = "joined" if visit.site in view.joined else "not joined yet"
-    yield Finding(name, "ok", f"{spec.task} “{spec.name}”: the data satisfy its spec ({counts}); {joined}")
-    yield _examine_time(f"{name} time", work, view)
-
-
-def _examine_room(check: str, free: int | None, needed: int, what: str, remedy: str) -> Finding:
-    if free is None:
-        return Finding(check, "warning", f"{_size(needed)} are needed for {what}; what is free is not known")
-    words = f"{_size(needed)} are needed for {what}, {_size(free)} are free"
-    return Finding(check, "failed", words, remedy) if free < needed else Finding(check, "ok", words)
-
-
-def _examine_time(check: str, work: RunWork, view: RunView) -> Finding:
-    """One step of training, measured, times the steps of a round, against the commit window."""
-    if not isinstance(work.task, MeasuresSteps):
-        return Finding(check, "ok", "nothing is trained step by step")
-    step_s, steps = work.task.measure_step(work.read_parent(view)[1]), work.task.steps
-    needs_s, window_s = step_s * steps, view.terms.commit_window_s
-    words = (f"{1000 * step_s:.1f} ms a step, {steps} steps: {describe_duration(needs_s)} of the "
-             f"{describe_duration(window_s)} that a round waits")
-    if needs_s > window_s:
-        return Finding(check, "failed", words, "more [agent] threads, a faster machine, or a run with a longer window")
-    return Finding(check, "warning" if needs_s > TIGHT * window_s else "ok", words,
-                   "close: other work on this machine may cost rounds" if needs_s > TIGHT * window_s else "")
 
 
 Check = Callable[[Visit], Iterator[Finding]]

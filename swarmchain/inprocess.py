@@ -169,7 +169,7 @@ class InProcess:
         data, samples, _ = work.contribute(view, key)
         digest = self.store.put_blob(data)
         nonce = compute_digest(f"{key.run} {key.round_id} {work.site} {digest}".encode())
-        opening = Opening(digest=digest, samples=samples, ratings=work.rate(view), nonce=nonce)
+        opening = Opening(digest=digest, samples=samples, labels=work.task.labels, ratings=work.rate(view), nonce=nonce)
         commitment = compute_commitment(key, work.site, opening)
         self._replica.commit(self._keys[work.site], key.run, key.round_id, commitment, now=self._now)
         self.store.put_opening(commitment, encode_canonical(opening))

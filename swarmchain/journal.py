@@ -30,7 +30,8 @@ _TABLES = f"""
 begin immediate;
 create table if not exists owner (chain_id integer, contract text, site integer);
 create table if not exists contribution (
-    run integer, round integer, digest text, samples integer, ratings text, nonce text, primary key (run, round));
+    run integer, round integer, digest text, samples integer, labels text, ratings text, nonce text,
+    primary key (run, round));
 create table if not exists vote (
     run integer, round integer, checkpoint text, manifest text, accept integer, score_bps integer, included text,
     primary key (run, round));
@@ -163,13 +164,13 @@ class Journal:
     def get_contribution(self, key: RoundKey) -> Opening | None:
         """What this site committed to in a round, if anything."""
         row = self._db.execute(
-            "select digest, samples, ratings, nonce from contribution where run = ? and round = ?",
+            "select digest, samples, labels, ratings, nonce from contribution where run = ? and round = ?",
             (key.run, key.round_id),
         ).fetchone()
         if row is None:
             return None
-        ratings = tuple(Rating(site=site, effect_mnat=effect) for site, effect in json.loads(row[2]))
-        return Opening(digest=row[0], samples=row[1], ratings=ratings, nonce=row[3])
+        ratings = tuple(Rating(site=site, effect_mnat=effect) for site, effect in json.loads(row[3]))
+        return Opening(digest=row[0], samples=row[1], labels=tuple(json.loads(row[2])), ratings=ratings, nonce=row[4])
 
     def record_contribution(self, key: RoundKey, opening: Opening, data: bytes) -> None:
         """Write a promise and its bytes down. Raises `JournalError` if another one stands for this round."""
@@ -184,8 +185,8 @@ class Journal:
         with self._refuse():
             write_file(self._blobs / opening.digest, data, mode=0o600)
         self._write(
-            "insert into contribution values (?, ?, ?, ?, ?, ?)",
-            (key.run, key.round_id, opening.digest, opening.samples,
+            "insert into contribution values (?, ?, ?, ?, ?, ?, ?)",
+            (key.run, key.round_id, opening.digest, opening.samples, json.dumps(opening.labels),
              json.dumps([[rating.site, rating.effect_mnat] for rating in opening.ratings]), opening.nonce),
         )
 

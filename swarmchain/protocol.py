@@ -35,6 +35,8 @@ Reason = Literal["withheld", "opening invalid", "blob altered", "blob malformed"
 # Why a good contribution has no weight: a majority of the other sites found the site's contributions harmful.
 Doubt = Literal["found harmful"]
 SiteIndex = Annotated[int, Field(ge=0, lt=SITES_MAX)]
+LABELS_MAX = 1_000
+Labels = Annotated[tuple[Annotated[int, Field(ge=0, lt=LABELS_MAX)], ...], Field(max_length=LABELS_MAX)]
 
 
 class Phase(IntEnum):
@@ -121,7 +123,8 @@ class RunView:
 class Rating(Strict):
     """What one contribution of the last finalized round does to the rater's own validation cells.
 
-    `effect_mnat` is what it adds to their balanced cross-entropy, in 1/1000 nat: below 0 it helps. See `rating`.
+    Those are the cells of the labels that it claims. `effect_mnat` is what it adds to their balanced cross-entropy, in
+    1/1000 nat: below 0 it helps. See `rating`.
     """
 
     site: SiteIndex
@@ -131,12 +134,14 @@ class Rating(Strict):
 class Opening(Strict):
     """What a site discloses once the Commit phase is over. Its commitment binds every field.
 
+    `labels` are the run's labels, by number, that the contribution was chiefly trained on, for others to rate it by.
     `ratings` are of the last finalized round's contributions, by site; none where the site has nothing to rate by.
     """
 
     format: Literal["swarmchain-opening/3"] = "swarmchain-opening/3"
     digest: Digest
     samples: Annotated[int, Field(ge=1, le=10**12)]
+    labels: Labels = ()
     ratings: Annotated[tuple[Rating, ...], Field(max_length=SITES_MAX)] = ()
     nonce: Digest
 
@@ -145,24 +150,29 @@ class Opening(Strict):
         sites = [rating.site for rating in self.ratings]
         if sites != sorted(set(sites)):
             raise ValueError("the ratings are not in the order of the sites, each once")
+        if list(self.labels) != sorted(set(self.labels)):
+            raise ValueError("the labels are not in their order, each once")
         return self
 
     @property
     def salt(self) -> str:
-        """The salt of the commitment: a digest of nonce and ratings, so that the commitment binds both."""
-        return compute_digest(encode_canonical([self.nonce, [[r.site, r.effect_mnat] for r in self.ratings]]))
+        """The salt of the commitment: a digest of nonce, labels and ratings, so that the commitment binds them all."""
+        ratings = [[r.site, r.effect_mnat] for r in self.ratings]
+        return compute_digest(encode_canonical([self.nonce, list(self.labels), ratings]))
 
 
 class Included(Strict):
     """One good contribution, and with what share a merge counted it.
 
-    `doubt` is why it has no weight, None if the method alone decided that.
+    `labels` are what the site claims that it was trained on; `doubt` is why it has no weight, None if the method alone
+    decided that.
     """
 
     site: int
     commitment: Digest
     digest: Digest
     samples: int
+    labels: Labels = ()
     norm: float
     clip_factor: float
     weight: float

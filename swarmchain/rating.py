@@ -1,9 +1,12 @@
 """What each contribution of a round does to a site's own validation cells: one forward pass each, over a few hundred.
 
-The effect is the change of the balanced cross-entropy (the mean over the classes present here of their mean) when a
-fifth of the contribution, clipped as the merge clips it, is added to the checkpoint that the round started from. A
-fifth, because a whole step of one site's training overshoots on the cells of another: it would say more of how the
-sites differ than of who is hostile. The number does not depend on how many sites there are, nor on their weights.
+The effect is the change of the balanced cross-entropy (the mean over classes of the mean over their cells) when a fifth
+of the contribution, clipped as the merge clips it, is added to the checkpoint that the round started from. The classes
+are those that the contribution claims to be about and that occur here; if none does, all that occur here. A site
+without monocytes unlearns them in all honesty, until the merge has the others' word; what it was trained on, it makes
+no worse. A fifth, because a whole step of one site's training overshoots on the cells of another: it would say more of
+how the sites differ than of who is hostile. The number does not depend on how many sites there are, nor on their
+weights.
 """
 
 from __future__ import annotations
@@ -19,35 +22,45 @@ from swarmchain.examples import Arrays, Examples
 from swarmchain.model import build_model, load_state
 from swarmchain.protocol import EFFECT_MNAT_MAX, Rating
 from swarmchain.spec import TrainedSpec
+from swarmchain.trust import CLAIMED_SHARE_MIN, Claim
 
 STEP = 0.2
 CELLS_MAX = 256
 
 
-def rate_contributions(parent: Arrays, contributions: Iterable[tuple[int, float, Arrays]], cells: Examples,
-                       spec: TrainedSpec) -> tuple[Rating, ...]:
+def rate_contributions(parent: Arrays, claims: Iterable[Claim], cells: Examples, spec: TrainedSpec
+                       ) -> tuple[Rating, ...]:
     """Ratings by site; none without validation cells.
 
     Parameters
     ----------
     parent
         The network that the round started from, with this site's own local tensors.
-    contributions
-        Site, clip factor, and coded tensors (see `codec`) of each. A tensor is read before the next is asked for.
+    claims
+        A contribution's tensors are read before the next is asked for.
     """
     rows = choose_rows(cells)
     if len(rows) == 0:
         return ()
     y, model = cells.y.numpy()[rows], build_model(spec)
 
-    def measure(state: Arrays) -> float:
+    def measure(state: Arrays) -> dict[int, float]:
         load_state(model, state)
-        return compute_balanced_loss(cells.predict(model, rows), y)
+        return compute_losses(cells.predict(model, rows), y)
 
-    start = measure(parent)
-    found = [Rating(site=site, effect_mnat=_to_mnat(measure({**parent, **_move(parent, tensors, STEP * clip)}) - start))
-             for site, clip, tensors in contributions]
+    start, found = measure(parent), []
+    for claim in claims:
+        moved = measure({**parent, **_move(parent, claim.tensors, STEP * claim.clip_factor)})
+        chosen = [label for label in start if label in claim.labels] or list(start)
+        effect = math.fsum(moved[label] - start[label] for label in chosen) / len(chosen)
+        found.append(Rating(site=claim.site, effect_mnat=_to_mnat(effect)))
     return tuple(sorted(found, key=lambda rating: rating.site))
+
+
+def find_labels(cells: Examples) -> tuple[int, ...]:
+    """The labels that a site's contributions are about: those of at least a twentieth of its training examples."""
+    counts = np.bincount(cells.y.numpy()[cells.train])
+    return tuple(np.flatnonzero(counts >= max(1.0, CLAIMED_SHARE_MIN * counts.sum())).tolist())
 
 
 def choose_rows(cells: Examples) -> npt.NDArray[np.int64]:
@@ -62,11 +75,11 @@ def choose_rows(cells: Examples) -> npt.NDArray[np.int64]:
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def compute_balanced_loss(probabilities: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> float:
-    """Mean over the classes in `y` of their cells' mean cross-entropy, in nat, from class probabilities [N, C]."""
+def compute_losses(probabilities: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> dict[int, float]:
+    """Mean cross-entropy of each class's cells, in nat, from class probabilities [N, C] and labels [N]."""
     likelihoods = probabilities[np.arange(len(y)), y].astype(np.float64)
     losses = -np.log(np.maximum(likelihoods, np.finfo(np.float32).tiny))
-    return float(np.mean([losses[y == label].mean() for label in np.unique(y)]))
+    return {int(label): float(losses[y == label].mean()) for label in np.unique(y)}
 
 
 def _move(parent: Arrays, tensors: Arrays, factor: float) -> Arrays:

@@ -107,6 +107,13 @@ def plan_pruning(contract: SwarmContract, store: Store, *, keep_rounds: int) -> 
     return plans
 
 
+def find_blobs(contract: SwarmContract, store: Store, run: int) -> set[str]:
+    """Digests of all blobs that a run names, but for its spec. Raises as `plan_pruning` does."""
+    named = _read_named(contract, store, run)
+    names = named.always.union(*named.by_round.values())
+    return {digest for kind, digest in names if kind == "blobs"} - {named.view.spec}
+
+
 def prune(contract: SwarmContract, store: Store, plans: Sequence[RunPruning]) -> None:
     """Remove what was planned, and leave a note for auditors. Doing it twice is the same as doing it once."""
     for plan in plans:

@@ -232,7 +232,7 @@ class DisclosedStore(_Opening):
     def _get_content_key(self, envelope: Envelope) -> bytes:
         if envelope.plaintext not in self._keys:
             raise NotRecipient(f"blob {envelope.plaintext[:12]}… is sealed, and its key was not disclosed",
-                               hint="ask a site for the run's keys: `SealedStore.disclose`")
+                               hint="ask a site for the run's keys: `swarmchain run disclose`")
         return bytes.fromhex(self._keys[envelope.plaintext])
 
 

@@ -25,10 +25,11 @@ from nacl.exceptions import TypeError as NaclTypeError
 from nacl.exceptions import ValueError as NaclValueError
 from pydantic import Field, ValidationError, model_validator
 
-from swarmchain.checkpoint import Buffer
 from swarmchain.errors import CheckpointError, NotRecipient, StoreError
 from swarmchain.protocol import Digest, Strict, encode_canonical, first_problem
 
+# as in `checkpoint`, which takes numpy: whoever only opens a key must not wait for it
+Buffer = bytes | bytearray | memoryview
 CHUNK = 1 << 20
 TAG = 16
 KEY_BYTES = 32

@@ -22,6 +22,7 @@ from swarmchain.keeper import Keeper
 from swarmchain.layouts import checkpoint_layout, local_layout, parameter_layout
 from swarmchain.protocol import Rating, RoundKey, derive_seed
 from swarmchain.spec import CellTypeSpec, DonorSpec, EvaluationSpec, RehearsalSpec, StatisticsSpec, SumSpec, TrainedSpec
+from swarmchain.trust import Claim
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Judgement = tuple[bool, float | None]
@@ -48,17 +49,24 @@ class Assignment:
 class Past:
     """The last finalized round, to be rated; nothing is read before it is asked for.
 
-    `read_parent` gives the checkpoint that it started from, `read_contributions` of every site but this one the site,
-    the clip factor and the coded tensors.
+    `read_parent` gives the checkpoint that it started from, `read_contributions` those of every site but this one.
     """
 
     round_id: int
     read_parent: Callable[[], Arrays]
-    read_contributions: Callable[[], Iterator[tuple[int, float, Arrays]]]
+    read_contributions: Callable[[], Iterator[Claim]]
 
 
 class Task(Protocol):
-    """One task, ready for every round of its run."""
+    """One task, ready for every round of its run.
+
+    `labels` are the run's labels, by number, that its contributions claim to be about; see `trust.CLAIMED_SHARE_MIN`.
+    """
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """See above."""
+        ...
 
     def describe(self) -> dict[str, int]:
         """Numbers that a person wants to see: of cells, of features."""
@@ -96,6 +104,8 @@ class StatisticsTask:
     DataError
         If the site's data cannot serve the spec.
     """
+
+    labels: tuple[int, ...] = ()
 
     def __init__(self, config: SiteConfig, spec: StatisticsSpec) -> None:
         from swarmchain.agreement import compute_statistics
@@ -147,6 +157,7 @@ class CellTypeTask:
         import torch
 
         from swarmchain.data import load_site_data
+        from swarmchain.rating import find_labels
         from swarmchain.trainer import prepare_training
 
         torch.set_num_threads(config.agent.threads)
@@ -160,6 +171,7 @@ class CellTypeTask:
         rows = [source_spec.labels.index(label) for label in spec.labels]
         counts = statistics["samples_per_label" if isinstance(spec, DonorSpec) else "cells_per_label"]
         self._cells = prepare_training(self._data, spec, constants, counts[rows])
+        self.labels = find_labels(self._cells)
 
     def describe(self) -> dict[str, int]:
         """See `Task`."""
@@ -236,6 +248,8 @@ class EvaluationTask:
         If the site's data cannot serve the trained run's spec, or hold fewer validation cells than the spec asks for.
     """
 
+    labels: tuple[int, ...] = ()
+
     def __init__(self, config: SiteConfig, spec: EvaluationSpec, trained: tuple[CellTypeSpec, Arrays], *,
                  own: Arrays) -> None:
         from swarmchain.agreement import standardize
@@ -276,6 +290,8 @@ class EvaluationTask:
 
 class RehearsalTask:
     """Random numbers of the model's size, the same for the same seed, round and site on every machine."""
+
+    labels: tuple[int, ...] = ()
 
     def __init__(self, spec: RehearsalSpec) -> None:
         self._spec = spec

@@ -1,10 +1,11 @@
 """Who has a share in a merge: what the sites measured on their own validation cells, added up from round to round.
 
 A hostile contribution may look like an honest one of a site that sees other cells than the rest; what it does to the
-cells of the others does not. Every site says in its opening what each contribution of the last finalized round does to
-a loss on its own validation cells, before it knows what anyone else says. The merge believes what a majority of the
-other sites agrees on, and remembers it in the manifest. A site whose evidence is above the limit has no weight; it is
-still rated, and comes back when its contributions have helped a majority again as much as they harmed before.
+others' cells of the very labels that it was trained on does not. Every site says in its opening what each contribution
+of the last finalized round does to a loss on its own validation cells, before it knows what anyone else says. The merge
+believes what a majority of the other sites agrees on, and remembers it in the manifest. A site whose evidence is above
+the limit has no weight; it is still rated, and comes back when its contributions have helped a majority again as much
+as they harmed before.
 
 Integers only, in 1/1000 nat, and pure: everybody computes the same from what is on record. The evidence is a cumulative
 sum, as in Page's test for a change (1954).
@@ -14,11 +15,29 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
 
 from swarmchain.merging import Trust
 from swarmchain.protocol import Rating
 
 Ratings = Mapping[int, Sequence[Rating]]
+
+# A label that makes less of a site's training examples than this is not claimed: what a contribution does to it says
+# more of the other labels' number than of the site's intent.
+CLAIMED_SHARE_MIN = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A contribution to be rated: whose it is, how the merge clipped it, what labels it is about, its coded tensors."""
+
+    site: int
+    clip_factor: float
+    labels: tuple[int, ...]
+    tensors: Mapping[str, npt.NDArray[Any]]
 
 
 def update_harm(before: Mapping[int, int], ratings: Ratings, settings: Trust, *, rated: Set[int]) -> dict[int, int]:

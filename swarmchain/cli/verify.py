@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from swarmchain.cli.common import example, json_option, load, print_json
+from swarmchain.cli.common import ask_password, example, json_option, load, print_json
 from swarmchain.config import read_deployment
 from swarmchain.errors import AuditFailed, ConfigError
 
 if TYPE_CHECKING:
     from swarmchain.audit import Audit, RoundAudit
     from swarmchain.chain import SwarmContract
+    from swarmchain.protocol import RoundKey
+    from swarmchain.store import Store
 
 MARKS = {True: click.style("✓", fg="green"), False: click.style("✗", fg="red")}
 
@@ -28,12 +31,17 @@ MARKS = {True: click.style("✓", fg="green"), False: click.style("✗", fg="red
 @click.option("--deployment", type=click.Path(path_type=Path, dir_okay=False),
               help="deployment.json, as the consortium published it.")
 @click.option("--store", "store_url", help="The shared store; to read from is enough.")
+@click.option("--keys", "disclosed", type=click.Path(path_type=Path, dir_okay=False),
+              help="Of a sealed run: what a site disclosed to the auditor's key.")
+@click.option("--auditor-key", type=click.Path(path_type=Path, dir_okay=False),
+              help="The auditor's key, as `run auditor-key` made it.")
 @click.option("--fast", "is_fast", is_flag=True, help="Check openings and digests, and recompute no merge.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("audit"), show_default=True,
               help="Folder for audit.json and audit.html.")
 @json_option
 def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deployment: Path | None,
-           store_url: str | None, is_fast: bool, out: Path, as_json: bool) -> None:
+           store_url: str | None, disclosed: Path | None, auditor_key: Path | None, is_fast: bool, out: Path,
+           as_json: bool) -> None:
     """Replay a run from the chain and the store, without a key, and prove or refute every merge.
 
     Exit code 0 if all is proven, 1 if anything is not; the statistics run that a training run stands on is one more to
@@ -52,6 +60,7 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
     if not rpc_urls or deployment is None or (store is None and store_url is None):
         raise ConfigError("where are chain and store?", hint="give --rpc, --deployment and --store, or --site")
     record, store = read_record(_open(rpc_urls, deployment), number), store or Store(str(store_url))
+    store = _disclose(store, disclosed, auditor_key, record.key_of(number, 0))
     say = _print_round if not as_json else (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="swarmchain-verify-") as folder:
         audit = audit_run(record, store, spool_folder=Path(folder), is_fast=is_fast, say=say)
@@ -66,6 +75,24 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
         raise AuditFailed(f"run {number} is not proven: {audit.all_findings[0]}" + (
             f" (and {count - 1} more)" if count > 1 else ""),
             hint="keep store and audit.json as they are; a site that holds the right file can put it back")
+
+
+def _disclose(store: Store, disclosed: Path | None, auditor_key: Path | None, key: RoundKey) -> Store:
+    """The store with what was disclosed of it, if anything was."""
+    if disclosed is None:
+        return store
+    if auditor_key is None:
+        raise ConfigError("--keys is sealed to an auditor's key", hint="name it with --auditor-key")
+    from swarmchain.keys import PASSWORD_VARIABLE, open_seal_key
+    from swarmchain.sealed import DisclosedStore, open_disclosure
+
+    try:
+        data = disclosed.read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"cannot read {disclosed}: {exc.strerror}", hint="a site writes it with `run disclose`"
+                          ) from exc
+    opener = open_seal_key(auditor_key, ask_password(auditor_key, os.environ.get(PASSWORD_VARIABLE)))
+    return DisclosedStore(store, open_disclosure(data, opener, key).keys)
 
 
 def _open(rpc_urls: tuple[str, ...], deployment: Path) -> SwarmContract:
