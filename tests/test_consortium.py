@@ -241,7 +241,7 @@ def write_bad_cells(path: Path, *, cells: int = 30, features: int = 12, nan: boo
     if nan:
         data.X[1, 1] = np.nan
     if label:
-        data.obs["cell_type"] = [label, *data.obs["cell_type"].astype(str)[1:]]
+        data.obs["cell_type"] = [*[label] * 10, *data.obs["cell_type"].astype(str)[10:]]  # fewer are left out
     data[:cells].copy().write_h5ad(path)
 
 

@@ -99,7 +99,8 @@ class Consortium:
         self.env = {name: {**PASSWORD, **pair, "AWS_ENDPOINT_URL": f"http://{store.address}:8333",
                            "AWS_DEFAULT_REGION": "us-east-1"} for name, pair in keys.items()}
         identities = store.receive(folder / "identities.json", "identities.json")
-        store.start(*build_command(find_weed() or "weed", store.home, identities, address=store.address), log="weed.log")
+        store.start(*build_command(find_weed() or "weed", store.home, identities, address=store.address),
+                    log="weed.log")
         self.chain.start(find_anvil(), "--host", self.chain.address, "--port", "8545", "--gas-price", "0",
                          "--block-base-fee-per-gas", "0", log="anvil.log")
         store.call(sys.executable, "-c", AWAIT_STORE, env={**self.env["admin"], **TESTS})
