@@ -35,7 +35,7 @@ class Arena(Protocol):
 
 @contextmanager
 def open_arena(folder: Path, cells: Mapping[str, DataConfig], *, is_real: bool, seed: int) -> Iterator[Arena]:
-    """Sites with the cells that these settings name, all of the same label column, label map and state.
+    """Sites with the cells that these settings name, all of the same columns, label map and state.
 
     Parameters
     ----------
@@ -50,7 +50,8 @@ def open_arena(folder: Path, cells: Mapping[str, DataConfig], *, is_real: bool, 
     one = next(iter(cells.values()))
     files = {name: Path(settings.path) for name, settings in cells.items()}
     with start_consortium(folder, files, seed=seed, label_column=one.label_column, label_map=one.label_map,
-                          state=one.state) as consortium:
+                          state=one.state, donor_column=one.donor_column, sample_column=one.sample_column
+                          ) as consortium:
         yield _Agents(consortium)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from swarmchain.agreement import count_samples, standardize
 from swarmchain.certify import Arrays
 from swarmchain.metrics import compute_f1, compute_macro_f1, summarize_f1
-from swarmchain.model import build_model, load_state, predict_probabilities
+from swarmchain.model import load_model, predict_probabilities
 from swarmchain.selection import SiteData
 from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
 from swarmchain.trainer import prepare_training, train_round
@@ -28,8 +28,7 @@ Floats = npt.NDArray[np.float32]
 
 def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
     """Label indices [cells] of standardised cells [cells, panel]."""
-    model = build_model(spec)
-    load_state(model, parameters)
+    model = load_model(spec, parameters)
     called: Ints = predict_probabilities(model, x).argmax(axis=1).astype(np.int64)
     return called
 
@@ -46,8 +45,7 @@ def score_at_home(parameters: Arrays, data: SiteData, cells_per_label: npt.NDArr
     drawn = np.maximum(cells_per_label.astype(np.float64), 1.0)
     if spec.training.class_balance == "inverse_sqrt":
         drawn = np.sqrt(drawn)
-    model = build_model(spec)
-    load_state(model, parameters)
+    model = load_model(spec, parameters)
     x = standardize(data.x, data.present, constants)[data.validation]
     called = (predict_probabilities(model, x) * (own / drawn)).argmax(axis=1).astype(np.int64)
     return compute_macro_f1(data.y[data.validation], called, classes=len(spec.labels))

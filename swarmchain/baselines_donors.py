@@ -16,9 +16,9 @@ from swarmchain.config import DataConfig
 from swarmchain.data import read_cells
 from swarmchain.examples import BagSet, TrainingSet, prepare_training
 from swarmchain.metrics import compute_auroc, summarize_f1
-from swarmchain.model import build_model, load_state
+from swarmchain.model import load_model
 from swarmchain.selection import SiteData, select_cells
-from swarmchain.spec import DonorSpec
+from swarmchain.spec import DonorSpec, Minimums, TrainedSpec
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -26,7 +26,8 @@ Ints = npt.NDArray[np.int64]
 
 def load_test(files: Mapping[str, Path], config: DataConfig, seed: Arrays, spec: DonorSpec) -> TrainingSet | BagSet:
     """Samples that no site trains on, all of them in `validation`. Raises `DataError` as `data.select_cells` does."""
-    asked = spec.model_copy(update={"labels_min": 0, "panel": spec.panel.model_copy(update={"share_min": 0.0})})
+    asked = spec.model_copy(update={"labels_min": 0, "minimums": Minimums(cells=1, cells_per_label=1),
+                                    "panel": spec.panel.model_copy(update={"share_min": 0.0})})
     parts = [select_cells(read_cells(path, config, spec.normalization), asked) for path in files.values()]
     pooled = pool(parts, seed)
     everything = SiteData(x=pooled.x, y=pooled.y, present=pooled.present, train=np.zeros(0, dtype=np.int64),
@@ -35,10 +36,9 @@ def load_test(files: Mapping[str, Path], config: DataConfig, seed: Arrays, spec:
     return prepare_training(everything, spec, seed, np.ones(len(spec.labels)))
 
 
-def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: DonorSpec) -> Floats:
+def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: TrainedSpec) -> Floats:
     """Class probabilities of all samples in `examples.validation`, [samples, labels]."""
-    model = build_model(spec)
-    load_state(model, parameters)
+    model = load_model(spec, parameters)
     return examples.predict(model, examples.validation)
 
 

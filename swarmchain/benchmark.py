@@ -12,6 +12,7 @@ same checkpoint, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,17 +35,19 @@ from swarmchain.data import read_cells, read_names
 from swarmchain.dealing import Dealt, deal_splits
 from swarmchain.errors import ConfigError, DataError
 from swarmchain.intervals import Interval, resample_macro_f1
+from swarmchain.merging import Merge
 from swarmchain.metrics import compute_f1, compute_macro_f1
-from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
+from swarmchain.planning import plan_cell_type, plan_donor, plan_statistics, read_statistics
 from swarmchain.protocol import derive_seed, first_problem
 from swarmchain.selection import SiteData, select_cells, select_panel
-from swarmchain.spec import CellTypeSpec, Limits, Model, Normalization, Training
+from swarmchain.spec import Limits, Minimums, Model, Normalization, Training
 from swarmchain.store import read_checkpoint
 from swarmchain.trainer import prepare_training, score_checkpoint
 
 Ints = npt.NDArray[np.int64]
 State = Literal["auto", "counts", "log1p", "arcsinh", "none"]
 Say = Callable[[str], None]
+M = TypeVar("M", bound=BaseModel)
 
 FORMAT = "swarmchain-benchmark/1"
 LOCAL = "local/"
@@ -52,21 +55,29 @@ LOCAL = "local/"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a benchmark is run with; see `swarmchain benchmark --help`."""
+    """What a benchmark is run with; see `swarmchain benchmark --help`.
+
+    `donor` are further arguments of `planning.plan_donor` for that task: `model`, `bag_size`, `labels_min`.
+    """
 
     data: Path
     splits: Path
-    task: Literal["cell_type"] = "cell_type"
+    task: Literal["cell_type", "donor"] = "cell_type"
     site_column: str = "site"
     label_column: str = "cell_type"
     donor_column: str | None = None
+    sample_column: str | None = None
     state: State = "auto"
     normalization: Normalization = field(default_factory=Normalization)
+    minimums: Minimums = field(default_factory=Minimums)
     sites_per_feature_min: int = 1
     panel_share_min: float = 0.3
     rounds: int = 100
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
+    merge: Merge | None = None
+    donor: Mapping[str, Any] = field(default_factory=dict)
+    pools_folds: bool = False
     seeds: int = 3
     central_steps: Literal["site", "sum"] = "site"
     is_real: bool = False
@@ -82,7 +93,7 @@ class Swarm:
     cells per label over all sites; seconds that it took.
     """
 
-    spec: CellTypeSpec
+    spec: Any
     seed: Arrays
     tensors: Arrays
     checkpoint: str
@@ -155,7 +166,7 @@ def run_benchmark(settings: Settings, *, say: Say = lambda words: None) -> dict[
         return summarize(measured, swarms, settings, left_out)
 
 
-def change_law(model: Model, training: Training, changes: Mapping[str, str]) -> tuple[Model, Training]:
+def change_law(model: M, training: Training, changes: Mapping[str, str]) -> tuple[M, Training]:
     """Model and training with some fields replaced, by names such as `training.lr`; values are JSON or words.
 
     Raises
@@ -180,14 +191,14 @@ def change_law(model: Model, training: Training, changes: Mapping[str, str]) -> 
             raise ConfigError(f"{key}={text}: {first_problem(exc)}",
                               hint="docs/benchmarks.md shows settings that serve") from exc
     changed_model, changed_training = parts["model"], parts["training"]
-    assert isinstance(changed_model, Model) and isinstance(changed_training, Training)
+    assert isinstance(changed_model, type(model)) and isinstance(changed_training, Training)
     return changed_model, changed_training
 
 
-def deal(folder: Path, settings: Settings) -> Dealt:
-    """One file per site, and the held-out cells, under `folder`. Raises as `run_benchmark` does."""
+def deal(folder: Path, settings: Settings, *, fold: str | None = None) -> Dealt:
+    """One file per site, and the held-out cells, those of `fold`, under `folder`. Raises as `run_benchmark` does."""
     dealt = deal_splits(folder, settings.data, splits=settings.splits, site_column=settings.site_column,
-                        label_column=settings.label_column, donor_column=settings.donor_column)
+                        label_column=settings.label_column, donor_column=settings.donor_column, fold=fold)
     _require_enough(dealt, settings)
     return dealt
 
@@ -195,15 +206,19 @@ def deal(folder: Path, settings: Settings) -> Dealt:
 def play_swarm(folder: Path, dealt: Dealt, settings: Settings, *, seed: int) -> Swarm:
     """A statistics run, and the training run that stands on it."""
     started = time.perf_counter()
-    cells = {name: _name_cells(path, settings) for name, path in dealt.files.items()}
+    cells = {name: name_cells(path, settings) for name, path in dealt.files.items()}
+    is_by_donor = settings.task == "donor"
     with open_arena(folder, cells, is_real=settings.is_real, seed=seed) as arena:
         cards = arena.list_cards()
         view, _ = arena.play(plan_statistics(cards, name="statistics", sites_to_start=len(cards),
-                                             normalization=settings.normalization))
+                                             normalization=settings.normalization, minimums=settings.minimums,
+                                             split_by="donor" if is_by_donor else "cell"))
         source, sums = read_statistics(arena.store, view)
-        spec, blob = plan_cell_type(
+        plan: Callable[..., Any] = functools.partial(plan_donor, **settings.donor) if is_by_donor \
+            else functools.partial(plan_cell_type, model=settings.model)
+        spec, blob = plan(
             (source, sums), view, name=f"benchmark of {dealt.dataset}",
-            limits=Limits(rounds=settings.rounds, sites_to_start=len(cards)), model=settings.model,
+            limits=Limits(rounds=settings.rounds, sites_to_start=len(cards)), merge=settings.merge,
             training=settings.training.model_copy(update={"seed": seed}), panel_share_min=settings.panel_share_min,
             sites_per_feature_min=min(settings.sites_per_feature_min, len(cards)))
         view, scores = arena.play(spec, blob)
@@ -212,14 +227,15 @@ def play_swarm(folder: Path, dealt: Dealt, settings: Settings, *, seed: int) -> 
     sites = {name: select_cells(read_cells(Path(config.path), config, spec.normalization), spec)
              for name, config in cells.items()}
     rows = [source.labels.index(label) for label in spec.labels]
-    return Swarm(spec, first, last, view.checkpoint, scores, sites, sums["cells_per_label"][rows], wall_s)
+    counts = sums["samples_per_label" if is_by_donor else "cells_per_label"][rows]
+    return Swarm(spec, first, last, view.checkpoint, scores, sites, counts, wall_s)
 
 
 def read_test(paths: Sequence[Path], swarm: Swarm, settings: Settings) -> Test:
     """Held-out cells on the swarm's panel, as every arm gets them."""
     spec, xs, ys, unknown = swarm.spec, [], [], 0
     for path in paths:
-        cells = read_cells(path, _name_cells(path, settings), spec.normalization)
+        cells = read_cells(path, name_cells(path, settings), spec.normalization)
         x, present = select_panel(cells, spec.panel.model_copy(update={"share_min": 0.0}))
         known = np.isin(cells.labels, spec.labels)
         unknown += int((~known).sum())
@@ -309,14 +325,19 @@ def summarize(measured: Measured, swarms: Sequence[Swarm], settings: Settings, l
         "cells_of_unknown_labels": measured.unknown,
         "sites": {name: {"cells_train": len(d.train), "cells_validation": len(d.validation),
                          "features": int(d.present.sum())} for name, d in swarms[0].sites.items()},
-        "settings": {"rounds": spec.limits.rounds, "features": len(spec.panel.features),
-                     "model": spec.model.model_dump(mode="json"), "training": spec.training.model_dump(mode="json"),
-                     "merge": spec.merge.model_dump(mode="json"),
-                     "normalization": spec.normalization.model_dump(mode="json"),
-                     "central_steps": settings.central_steps, "seeds": settings.seeds, "real": settings.is_real,
-                     "resamples": settings.resamples},
+        "settings": describe_settings(spec, settings),
         "checkpoints": measured.checkpoints, "wall_s": measured.wall_s,
     }
+
+
+def describe_settings(spec: Any, settings: Settings) -> dict[str, Any]:
+    """What the arms were trained with, from a swarm's law and what the benchmark was asked for."""
+    return {"rounds": spec.limits.rounds, "features": len(spec.panel.features),
+            "model": spec.model.model_dump(mode="json"), "training": spec.training.model_dump(mode="json"),
+            "merge": spec.merge.model_dump(mode="json"),
+            "normalization": spec.normalization.model_dump(mode="json"),
+            "central_steps": settings.central_steps, "seeds": settings.seeds, "real": settings.is_real,
+            "resamples": settings.resamples}
 
 
 def _compute_intervals(measured: Measured, worst: str, settings: Settings
@@ -342,8 +363,11 @@ def _score(measured: Measured, arm: str) -> list[float]:
     return [compute_macro_f1(measured.truth, p, classes=len(measured.labels)) for p in measured.predictions[arm]]
 
 
-def _name_cells(path: Path, settings: Settings) -> DataConfig:
-    return DataConfig(path=str(path.resolve()), label_column=settings.label_column, state=settings.state)
+def name_cells(path: Path, settings: Settings) -> DataConfig:
+    """How a site names a file of cells."""
+    owners: Any = {"donor_column": settings.donor_column, "sample_column": settings.sample_column}
+    return DataConfig(path=str(path.resolve()), label_column=settings.label_column, state=settings.state,
+                      **(owners if settings.task == "donor" else {}))
 
 
 def _require_enough(dealt: Dealt, settings: Settings) -> None:

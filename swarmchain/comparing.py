@@ -1,8 +1,8 @@
 """Home against swarm: whether a hospital's own cells are called better by the swarm's model than by one of its own.
 
 The hospital's own model is trained here and now, from the same seed checkpoint, by the same code and for as many rounds
-and steps as the swarm's. Both are scored on this site's validation cells, which neither was trained on. Nothing leaves
-the site.
+and steps as the swarm's. Both are scored on this site's validation cells, or the samples of its validation donors,
+which neither was trained on. Nothing leaves the site.
 """
 
 from __future__ import annotations
@@ -14,28 +14,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swarmchain.agreement import standardize
-from swarmchain.baselines import predict, train_alone
+from swarmchain.baselines import train_alone
+from swarmchain.baselines_donors import predict_samples
 from swarmchain.calibration import compute_class_scores
 from swarmchain.config import SiteConfig
 from swarmchain.data import load_site_data
 from swarmchain.errors import DataError
-from swarmchain.metrics import compute_macro_f1
+from swarmchain.examples import list_owners, prepare_validation
+from swarmchain.metrics import compute_auroc, compute_macro_f1
 from swarmchain.protocol import RunView, derive_seed
-from swarmchain.spec import CellTypeSpec
+from swarmchain.spec import DonorSpec, TrainedSpec
 from swarmchain.store import Store, read_checkpoint
 from swarmchain.work import read_own
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models on one site's validation cells. F1 per label is None where no such cell is there.
+    """Both models on one site's validation cells, or samples. F1 per label is None where none of it is there.
 
-    `low` and `high` bound 95 % of the differences (swarm - home) in macro-F1 over `RESAMPLES` draws of the validation
-    cells with replacement (paired bootstrap; Efron & Tibshirani 1993, chapter 13).
+    `home` and `swarm` are macro-F1; `areas` are both models' areas under the ROC curve, home first, where the run
+    scores by them and the validation samples have both labels. `low` and `high` bound 95 % of the differences (swarm -
+    home) in the run's score over `RESAMPLES` draws with replacement of the validation cells, or the validation donors
+    with all their samples (paired bootstrap; Efron & Tibshirani 1993, chapter 13).
     """
 
     site: str
@@ -50,11 +54,18 @@ class Comparison:
     swarm_f1: tuple[float | None, ...]
     low: float
     high: float
+    areas: tuple[float, float] | None = None
+    unit: str = "cells"
 
     @property
     def difference(self) -> float:
-        """Macro-F1 of the swarm's model less that of the hospital's own."""
-        return self.swarm - self.home
+        """The score of the swarm's model less that of the hospital's own."""
+        return self.swarm - self.home if self.areas is None else self.areas[1] - self.areas[0]
+
+    @property
+    def score(self) -> str:
+        """What the difference is of: `macro_f1` or `auroc`."""
+        return "macro_f1" if self.areas is None else "auroc"
 
     @property
     def verdict(self) -> str:
@@ -65,14 +76,15 @@ class Comparison:
         """For `--json`."""
         rows = zip(self.labels, self.support, self.home_f1, self.swarm_f1, strict=True)
         return {
-            "site": self.site, "run": self.run, "rounds": self.rounds, "cells": self.cells,
+            "site": self.site, "run": self.run, "rounds": self.rounds, self.unit: self.cells, "score": self.score,
             "macro_f1": {"home": self.home, "swarm": self.swarm}, "difference": self.difference,
+            "auroc": None if self.areas is None else dict(zip(("home", "swarm"), self.areas, strict=True)),
             "interval": [self.low, self.high], "verdict": self.verdict,
             "per_class": {label: {"support": n, "home": home, "swarm": swarm} for label, n, home, swarm in rows if n},
         }
 
 
-def compare_site(config: SiteConfig, store: Store, view: RunView, spec: CellTypeSpec, *, site: int,
+def compare_site(config: SiteConfig, store: Store, view: RunView, spec: TrainedSpec, *, site: int,
                  train: Callable[..., dict[str, Any]] = train_alone) -> Comparison:
     """Train this site's own model and score it beside the swarm's.
 
@@ -88,28 +100,41 @@ def compare_site(config: SiteConfig, store: Store, view: RunView, spec: CellType
     Raises
     ------
     DataError
-        If the site's data cannot serve the spec, or hold no validation cell.
+        If the site's data cannot serve the spec, or hold no validation cell or donor.
     """
     import torch
 
     torch.set_num_threads(config.agent.threads)
     data = load_site_data(config, spec)
     if len(data.validation) == 0:
-        raise DataError(f"{config.name} has no validation cells", hint="a share of each label's cells is set aside; "
+        kind = "donors" if isinstance(spec, DonorSpec) else "cells"
+        raise DataError(f"{config.name} has no validation {kind}", hint=f"a share of each label's {kind} is set aside; "
                         "there are too few of every label")
     checkpoint = {**read_checkpoint(store, view.checkpoint, spec), **read_own(config, view.run, spec)}
     seed = read_checkpoint(store, spec.seed_checkpoint, spec)
     home = train(data, seed, spec, site=site, rounds=view.finalized_round)
-    truth = data.y[data.validation]
-    x = standardize(data.x[data.validation], data.present, checkpoint)
-    called = {"home": predict(home, x, spec), "swarm": predict(checkpoint, x, spec)}
-    low, high = _resample(truth, called, classes=len(spec.labels))
-    f1 = {name: _score_classes(truth, found, len(spec.labels)) for name, found in called.items()}
-    macro = {name: compute_macro_f1(truth, found, classes=len(spec.labels)) for name, found in called.items()}
+    examples = prepare_validation(data, spec, checkpoint)
+    truth, classes = examples.y.numpy()[examples.validation], len(spec.labels)
+    chances = {name: predict_samples(state, examples, spec) for name, state in (("home", home), ("swarm", checkpoint))}
+    by_donor = isinstance(spec, DonorSpec)
+    owners = list_owners(data, examples) if by_donor else np.arange(len(truth))
+    area = isinstance(spec, DonorSpec) and spec.score == "auroc" and len(np.unique(truth)) == 2
+    low, high = _resample(truth, chances, owners, score=_score_area if area else _score_f1)
+    f1 = {name: _score_classes(truth, found.argmax(axis=1), classes) for name, found in chances.items()}
     return Comparison(
         site=config.name, run=view.run, rounds=view.finalized_round, cells=len(truth), labels=spec.labels,
-        support=tuple(np.bincount(truth, minlength=len(spec.labels)).tolist()), home=macro["home"],
-        swarm=macro["swarm"], home_f1=f1["home"], swarm_f1=f1["swarm"], low=low, high=high)
+        support=tuple(np.bincount(truth, minlength=classes).tolist()), home=_score_f1(truth, chances["home"]),
+        swarm=_score_f1(truth, chances["swarm"]), home_f1=f1["home"], swarm_f1=f1["swarm"], low=low, high=high,
+        areas=(_score_area(truth, chances["home"]), _score_area(truth, chances["swarm"])) if area else None,
+        unit="samples" if by_donor else "cells")
+
+
+def _score_f1(truth: Ints, chances: Floats) -> float:
+    return compute_macro_f1(truth, chances.argmax(axis=1), classes=chances.shape[1])
+
+
+def _score_area(truth: Ints, chances: Floats) -> float:
+    return compute_auroc(truth, chances[:, 1])
 
 
 def _score_classes(truth: Ints, called: Ints, classes: int) -> tuple[float | None, ...]:
@@ -117,12 +142,18 @@ def _score_classes(truth: Ints, called: Ints, classes: int) -> tuple[float | Non
     return tuple(compute_class_scores(confusion)[0])
 
 
-def _resample(truth: Ints, called: dict[str, Ints], *, classes: int) -> tuple[float, float]:
+def _resample(truth: Ints, chances: dict[str, Floats], owners: Ints, *, score: Callable[[Ints, Floats], float]
+              ) -> tuple[float, float]:
+    """95 % of the differences over draws of owners with all that is theirs; draws without a score do not count."""
     generator = np.random.default_rng(derive_seed("compare"))
-    gains = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        rows = generator.integers(len(truth), size=len(truth))
-        scores = {name: compute_macro_f1(truth[rows], found[rows], classes=classes) for name, found in called.items()}
-        gains[i] = scores["swarm"] - scores["home"]
-    low, high = np.quantile(gains, [0.025, 0.975])
+    _, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    order = np.argsort(owner, kind="stable")
+    rows_of = np.split(order, np.cumsum(counts)[:-1])
+    gains = []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(len(rows_of), size=len(rows_of))
+        rows = order[drawn] if len(rows_of) == len(truth) else np.concatenate([rows_of[i] for i in drawn])
+        scores = {name: score(truth[rows], found[rows]) for name, found in chances.items()}
+        gains.append(scores["swarm"] - scores["home"])
+    low, high = np.nanquantile(gains, [0.025, 0.975])
     return float(low), float(high)

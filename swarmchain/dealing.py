@@ -121,7 +121,8 @@ def deal_folder(folder: Path, source: Path, *, splits: Path | None, label_column
 
 
 def deal_splits(
-    folder: Path, source: Path, *, splits: Path, site_column: str, label_column: str, donor_column: str | None = None
+    folder: Path, source: Path, *, splits: Path, site_column: str, label_column: str, donor_column: str | None = None,
+    fold: str | None = None,
 ) -> Dealt:
     """Sites and held-out cells as a table says, from a folder with one .h5ad per site, or from one file.
 
@@ -135,6 +136,8 @@ def deal_splits(
         training cells were dealt) are tested together, as `held out`.
     donor_column
         Of .obs: no donor may have cells on both sides of the split.
+    fold
+        Hold out the cells of this one; the table then has a column fold in place of split.
 
     Raises
     ------
@@ -146,7 +149,7 @@ def deal_splits(
         raise DataError(f"--data: {source} does not exist",
                         hint="a folder with one .h5ad per site, or one .h5ad of all")
     is_folder = source.is_dir()
-    table = _read_splits(splits, ("site", "cell", "split") if is_folder else ("cell", "split"))
+    table = _read_splits(splits, ("site", "cell", "split") if is_folder else ("cell", "split"), fold=fold)
     parts = _read_folder(source, table, splits) if is_folder else _read_file(source, table, splits, site_column)
     folder.mkdir(parents=True)
     files: dict[str, Path] = {}
@@ -254,11 +257,23 @@ def _deal(labels: Any, train: np.ndarray, *, seed: int) -> list[np.ndarray]:
     return [np.array(sorted(hand)) for hand in hands]
 
 
-def _read_splits(path: Path, columns: Sequence[str] = ("site", "cell", "split")) -> pd.DataFrame:
+def list_folds(path: Path) -> list[str]:
+    """The folds that a table of splits names; none if it has no such column. Raises `DataError`."""
+    try:
+        table = pd.read_csv(path, dtype=str)
+    except (OSError, ValueError) as exc:
+        raise DataError(f"cannot read {path}: {exc}", hint="a CSV with the columns cell, and fold or split") from exc
+    return sorted(table["fold"].dropna().unique().tolist()) if "fold" in table else []
+
+
+def _read_splits(path: Path, columns: Sequence[str] = ("site", "cell", "split"), *, fold: str | None = None
+                 ) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=str)
     except (OSError, ValueError) as exc:
         raise DataError(f"cannot read {path}: {exc}", hint=f"a CSV with the columns {', '.join(columns)}") from exc
+    if fold is not None and "fold" in table:
+        table["split"] = np.where(table["fold"] == fold, "test", "train")
     missing = [c for c in columns if c not in table]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}", hint=f"it needs {', '.join(columns)}")

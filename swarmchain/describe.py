@@ -47,8 +47,8 @@ def describe_leaving(spec: Spec) -> str:
         return ("per feature: its number of training cells, their sums and sums of squares; per label: the numbers of "
                 f"its training cells, donors{samples} and sites. No cell, no cell's name")
     if isinstance(spec, EvaluationSpec):
-        return ("numbers of validation cells by label and call, and of right and wrong calls by confidence; sums of "
-                "log-likelihoods. No cell, no cell's name")
+        return ("numbers of validation cells (of a model of donors: samples) by label and call, and of right "
+                "and wrong calls by confidence; sums of log-likelihoods. No cell, no cell's name")
     numbers = sum(math.prod(shape) for _, shape in contribution_layout(spec).values())
     if spec.task == "rehearsal":
         return f"{numbers:,} random numbers a round"

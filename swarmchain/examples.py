@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from swarmchain.agreement import standardize
 from swarmchain.errors import DataError
-from swarmchain.model import build_model, load_state, predict_probabilities
+from swarmchain.model import compute_logits, load_model, predict_probabilities, predict_tensor
 from swarmchain.selection import SiteData
 from swarmchain.spec import DonorSpec, Model, TrainedSpec
 
@@ -85,7 +85,7 @@ class TrainingSet:
 
     def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
         """See `Examples`; [steps, batch_size] row numbers."""
-        return generator.choice(self.train, size=(steps, batch_size), p=self.draw)
+        return self.train[draw_weighted(generator, self._bounds, (steps, batch_size))]
 
     def take(self, batch: Ints) -> Batch:
         """See `Examples`."""
@@ -93,7 +93,20 @@ class TrainingSet:
 
     def predict(self, model: nn.Module, chosen: Ints) -> Floats:
         """See `Examples`."""
-        return predict_probabilities(model, self.x[chosen].numpy())
+        return predict_tensor(model, self._validation_x if chosen is self.validation else self.x[chosen])
+
+    @cached_property
+    def _validation_x(self) -> torch.Tensor:
+        """The validation cells, gathered once: every checkpoint is scored on them."""
+        return self.x[self.validation]
+
+    @cached_property
+    def _bounds(self) -> npt.NDArray[np.float64]:
+        return sum_weights(self.draw)
+
+    def call(self, model: nn.Module, chosen: Ints) -> Floats:
+        """Logits [chosen, labels]."""
+        return compute_logits(model, self.x[chosen].numpy())
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class BagSet:
 
     def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
         """See `Examples`; [steps, batch_size + 1]: samples, and the seed that their cells are drawn by."""
-        samples = generator.choice(self.train, size=(steps, batch_size), p=self.draw)
+        samples = self.train[draw_weighted(generator, sum_weights(self.draw), (steps, batch_size))]
         return np.column_stack([samples, generator.integers(2**63, size=steps)])
 
     def take(self, batch: Ints) -> Batch:
@@ -132,6 +145,10 @@ class BagSet:
     def predict(self, model: nn.Module, chosen: Ints) -> Floats:
         """See `Examples`; a sample's bag is all of its cells."""
         return np.concatenate([predict_probabilities(model, self.get_bag(int(sample))[None]) for sample in chosen])
+
+    def call(self, model: nn.Module, chosen: Ints) -> Floats:
+        """Logits [chosen, labels]."""
+        return np.concatenate([compute_logits(model, self.get_bag(int(sample))[None]) for sample in chosen])
 
     def get_bag(self, sample: int) -> Floats:
         """All cells of a sample, [cells of it, panel]."""
@@ -174,6 +191,27 @@ def prepare_training(
                   draw=_weigh(y[train], spec, examples_per_label), bag_size=spec.bag_size)
 
 
+def prepare_validation(data: SiteData, spec: TrainedSpec, constants: Arrays) -> TrainingSet | BagSet:
+    """A site's validation cells or samples and no others, all of them in `validation`. Raises `DataError` for none."""
+    rows, none = data.validation, np.zeros(0, dtype=np.int64)
+    if len(rows) == 0:
+        raise DataError("there are no validation cells", hint="a share of each label's cells or donors is set aside; "
+                        "there are too few of every label")
+    names, samples = data.sample_names, data.samples
+    if samples is not None:
+        kept, samples = np.unique(samples[rows], return_inverse=True)
+        names = tuple(names[i] for i in kept)
+    chosen = replace(data, x=data.x[rows], y=data.y[rows], train=none, validation=np.arange(len(rows)),
+                     donors=None if data.donors is None else data.donors[rows], samples=samples, sample_names=names)
+    return prepare_training(chosen, spec, constants, np.ones(len(spec.labels)))
+
+
+def list_owners(data: SiteData, examples: TrainingSet | BagSet) -> Ints:
+    """Donors of the examples that `prepare_validation` made, [examples]; each its own if none is known."""
+    rows = data.validation[examples.cells[examples.starts[:-1]]] if isinstance(examples, BagSet) else data.validation
+    return np.arange(len(rows)) if data.donors is None else data.donors[rows]
+
+
 def predict_bags(parameters: Arrays, x: Floats, samples: Ints, spec: DonorSpec) -> Floats:
     """Class probabilities [samples, labels] of samples whose labels nobody knows.
 
@@ -191,12 +229,24 @@ def predict_bags(parameters: Arrays, x: Floats, samples: Ints, spec: DonorSpec) 
     """
     count = int(samples.max(initial=-1)) + 1
     cells, starts = _group(samples, count)
-    model = build_model(spec)
-    load_state(model, parameters)
+    model = load_model(spec, parameters)
     none = np.zeros(0, dtype=np.int64)
     bags = BagSet(x=torch.from_numpy(x), cells=cells, starts=starts, y=torch.zeros(count, dtype=torch.int64),
                   train=none, validation=np.arange(count), draw=np.zeros(0), bag_size=spec.bag_size)
     return bags.predict(model, bags.validation)
+
+
+def sum_weights(draw: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Upper bounds of each example's part of [0, 1), from its probability."""
+    bounds: npt.NDArray[np.float64] = draw.cumsum()
+    bounds /= bounds[-1]
+    return bounds
+
+
+def draw_weighted(generator: np.random.Generator, bounds: npt.NDArray[np.float64], shape: tuple[int, int]) -> Ints:
+    """Numbers of examples, as `generator.choice` with probabilities draws them, without summing those each time."""
+    drawn: Ints = bounds.searchsorted(generator.random(shape), side="right")
+    return drawn
 
 
 def _weigh(y: Ints, spec: TrainedSpec, examples_per_label: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:

@@ -57,6 +57,15 @@ def build_model(spec: TrainedSpec) -> Perceptron | SetNetwork:
     return Perceptron(widths, dropout=model.dropout, batch_norm=model.batch_norm, mask=model.mask)
 
 
+def load_model(spec: TrainedSpec, state: Arrays) -> Perceptron | SetNetwork:
+    """The spec's network with these weights, made without drawing any first."""
+    with torch.device("meta"):
+        model = build_model(spec)
+    model.to_empty(device="cpu")
+    load_state(model, state)
+    return model
+
+
 def load_state(model: nn.Module, state: Arrays) -> None:
     """Set every parameter and buffer of `model` from arrays of the same names; other arrays are ignored."""
     with torch.no_grad():
@@ -88,11 +97,24 @@ def draw_state(spec: TrainedSpec) -> dict[str, npt.NDArray[Any]]:
     return parameters
 
 
-def predict_probabilities(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Class probabilities [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
+def compute_logits(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
     model.eval()
     with torch.no_grad():
-        probabilities: npt.NDArray[np.float32] = torch.softmax(model(torch.tensor(x)), dim=1).numpy()
+        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
+    return logits
+
+
+def predict_probabilities(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Class probabilities [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
+    return predict_tensor(model, torch.tensor(x))
+
+
+def predict_tensor(model: nn.Module, x: torch.Tensor) -> npt.NDArray[np.float32]:
+    """`predict_probabilities` of a tensor, which is not copied."""
+    model.eval()
+    with torch.no_grad():
+        probabilities: npt.NDArray[np.float32] = torch.softmax(model(x), dim=1).numpy()
     return probabilities
 
 
@@ -127,9 +149,4 @@ def sum_attention(weights: npt.NDArray[np.float32], kinds: npt.NDArray[np.str_])
 
 def predict_logits(spec: TrainedSpec, state: Arrays, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Logits [N, C] of standardised cells [N, F] by the spec's network with these weights."""
-    model = build_model(spec)
-    load_state(model, state)
-    model.eval()
-    with torch.no_grad():
-        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
-    return logits
+    return compute_logits(load_model(spec, state), x)

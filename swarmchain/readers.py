@@ -191,7 +191,7 @@ def _open_table(path: Path, config: DataConfig, stack: contextlib.ExitStack) -> 
         raise DataError(f"{path}: {twice!r} stands twice in the header", hint="make the names unique")
     table = pd.read_csv(path, sep=separator, index_col=0)
     table.index = table.index.astype(str)
-    notes = {config.label_column, config.donor_column, *config.where}
+    notes = {config.label_column, config.donor_column, config.sample_column, *config.where}
     numeric = [c for c in table.columns if pd.api.types.is_numeric_dtype(table[c]) and str(c) not in notes]
     if not numeric:
         raise DataError(f"{path} has no column of numbers", hint="its first column names the rows, the others hold X")

@@ -38,7 +38,7 @@ from swarmchain.evaluating import read_evaluation
 from swarmchain.history import RoundRecord, read_rounds
 from swarmchain.layouts import checkpoint_layout, local_layout
 from swarmchain.protocol import BPS, MANIFEST_BYTES_MAX, Manifest, RunView, compute_digest, encode_canonical
-from swarmchain.spec import CellTypeSpec, EvaluationSpec, RunRef, encode_spec
+from swarmchain.spec import EvaluationSpec, RunRef, TrainedSpec, encode_spec
 from swarmchain.store import Store, read_manifest
 from swarmchain.work import read_own
 
@@ -48,12 +48,12 @@ class Release:
     """A card, and the files that it names, by name."""
 
     card: ModelCard
-    spec: CellTypeSpec
+    spec: TrainedSpec
     files: Mapping[str, bytes]
 
 
 def build_release(
-    contract: SwarmContract, store: Store, view: RunView, spec: CellTypeSpec, *, config: SiteConfig,
+    contract: SwarmContract, store: Store, view: RunView, spec: TrainedSpec, *, config: SiteConfig,
     evaluation: RunView | None = None,
 ) -> Release:
     """Gather a model folder's content.
@@ -125,10 +125,11 @@ def draw_release(folder: Path, release: Release) -> list[str]:
     from swarmchain.plots import draw_evaluation  # takes scanpy's libraries
 
     return draw_evaluation(folder, release.spec.labels, np.array(found.confusion, dtype=np.int64), bars=found.bars,
-                           error=found.error, threshold=found.threshold)
+                           error=found.error, threshold=found.threshold,
+                           unit="samples" if release.card.task == "donor" else "cells")
 
 
-def render_card(card: ModelCard, spec: CellTypeSpec, *, pictures: Sequence[str] = ()) -> str:
+def render_card(card: ModelCard, spec: TrainedSpec, *, pictures: Sequence[str] = ()) -> str:
     """model-card.md: the same card for people."""
     environment = jinja2.Environment(  # noqa: S701 - Markdown; `md` escapes what strangers named
         loader=jinja2.PackageLoader("swarmchain"), undefined=jinja2.StrictUndefined, trim_blocks=True,

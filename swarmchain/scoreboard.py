@@ -14,6 +14,7 @@ from swarmchain.config import write_file
 
 ARMS = (("central", "central"), ("swarm", "swarm"), ("linear", "linear"), ("local_mean", "local\nmean"),
         ("local_worst", "worst\nlocal"))
+METRICS = {"auroc": "AUROC", "macro_f1": "macro-F1"}
 # Okabe & Ito's colours, told apart by most colour-blind readers
 COLOURS = {"central": "#0072b2", "swarm": "#d55e00", "linear": "#009e73", "local_mean": "#cc79a7",
            "local_worst": "#999999"}
@@ -21,7 +22,8 @@ COLOURS = {"central": "#0072b2", "swarm": "#d55e00", "linear": "#009e73", "local
 
 def format_tables(found: Mapping[str, Any]) -> list[Table]:
     """The arms beside each other, the differences with their intervals, and what each site sees at home."""
-    tables = [_format_arms(found), _format_differences(found)]
+    is_donor = found["task"] == "donor"
+    tables = [_format_donors(found)] if is_donor else [_format_arms(found), _format_differences(found)]
     if found["home"]:
         tables.append(_format_home(found))
     if found["left_out"]:
@@ -44,6 +46,38 @@ def _format_arms(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def _format_donors(found: Mapping[str, Any]) -> Table:
+    metrics = [metric for metric in METRICS if metric in found["arms"]["swarm"]]
+    seeds, folds = found["settings"]["seeds"], found["folds"]
+    how = "" if folds == 1 else f", {folds} folds {'together' if found['pools_folds'] else 'by themselves'}"
+    count = sum(found["support"].values())
+    table = _start(f"{count} held-out samples, mean ± SD of {seeds} seed{'s' * (seeds > 1)}{how}",
+                   caption="swarm less each: 95 %, paired bootstrap over samples; linear: logistic regression, pooled "
+                           f"samples; worst local: {found['arms']['local_worst']['site']}")
+    table.add_column("arm", no_wrap=True)
+    for metric in metrics:
+        table.add_column(METRICS[metric], justify="right", no_wrap=True)
+        table.add_column("swarm less it", justify="right", no_wrap=True)
+    for key, words in ARMS:
+        row = [words.replace("\n", " ")]
+        for metric in metrics:
+            entry = _get_part(found, "differences", metric).get(f"swarm - {key}")
+            row += [_format_mean(found["arms"][key], metric),
+                    "" if entry is None else f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})"]
+        table.add_row(*row, style="green" if key == "swarm" else "")
+    return table
+
+
+def _get_part(found: Mapping[str, Any], part: str, metric: str) -> Mapping[str, Any]:
+    """`intervals` or `differences` of a metric: those of macro-F1 stand at the top."""
+    chosen: Mapping[str, Any] = found[part] if metric == "macro_f1" else found[metric][part]
+    return chosen
+
+
+def _format_mean(arm: Mapping[str, Any], metric: str) -> str:
+    return f"{arm[metric]:.3f} ± {arm['sd' if metric == 'macro_f1' else f'sd_{metric}']:.3f}"
+
+
 def _format_differences(found: Mapping[str, Any]) -> Table:
     table = _start("macro-F1, swarm less each other arm", caption="95 %, paired bootstrap over test cells")
     for head in ("less", "difference", "95 % interval"):
@@ -55,6 +89,14 @@ def _format_differences(found: Mapping[str, Any]) -> Table:
 
 
 def _format_home(found: Mapping[str, Any]) -> Table:
+    if found["task"] == "donor":
+        table = _start(f"home against swarm: {METRICS[found['home_metric']]} on own validation samples")
+        for head in ("site", "trainings", "trained alone", "swarm", "gain"):
+            table.add_column(head, justify="left" if head == "site" else "right")
+        for name, entry in found["home"].items():
+            table.add_row(name, str(entry["trainings"]), _number(entry["local"]), _number(entry["swarm"]),
+                          f"{entry['difference']:+.3f}")
+        return table
     table = _start("home against swarm: macro-F1 on own validation cells")
     for head in ("site", "cells", "trained alone", "swarm", "gain", "swarm, own shares"):
         table.add_column(head, justify="left" if head == "site" else "right")
@@ -73,13 +115,11 @@ def _format_left_out(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def format_row(found: Mapping[str, Any]) -> list[str]:
-    """One line of a page's table: every arm's mean ± SD, the difference to central, and the least gain at home."""
-    cells = [f"{found['arms'][key]['macro_f1']:.3f} ± {found['arms'][key]['sd']:.3f}" for key, _ in ARMS]
-    entry = found["differences"]["swarm - central"]
-    least = min((e["difference"] for e in found["home"].values()), default=None)
-    return [*cells, f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})",
-            "–" if least is None else f"{least:+.3f}"]
+def format_row(found: Mapping[str, Any], *, metric: str = "macro_f1") -> list[str]:
+    """One line of a page's table: every arm's mean ± SD, and the difference to central."""
+    entry = _get_part(found, "differences", metric)["swarm - central"]
+    return [*(_format_mean(found["arms"][key], metric) for key, _ in ARMS),
+            f"{entry['value']:+.3f} ({entry['low']:+.3f} to {entry['high']:+.3f})"]
 
 
 def write_figure(path: Path, found: Mapping[str, Any]) -> None:
@@ -90,9 +130,14 @@ def write_figure(path: Path, found: Mapping[str, Any]) -> None:
     labels = list(found["support"])
     figure = Figure(figsize=(11, max(3.6, 1.2 + 0.42 * len(labels))), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1, 1.25)})
-    _draw_arms(left, found)
-    _draw_classes(right, found, labels)
-    figure.suptitle(f"{found['dataset']}: {len(found['sites'])} sites, {sum(found['support'].values())} held-out cells",
+    is_donor = found["task"] == "donor"
+    _draw_arms(left, found, "auroc" if "auroc" in found["arms"]["swarm"] else "macro_f1")
+    if is_donor:
+        _draw_arms(right, found, "macro_f1")
+    else:
+        _draw_classes(right, found, labels)
+    figure.suptitle(f"{found['dataset']}: {len(found['sites'])} sites, {sum(found['support'].values())} held-out "
+                    f"{'samples' if is_donor else 'cells'}",
                     x=0.01, ha="left", fontweight="bold")
     buffer = io.BytesIO()
     figure.set_canvas(FigureCanvasAgg(figure))
@@ -100,18 +145,20 @@ def write_figure(path: Path, found: Mapping[str, Any]) -> None:
     write_file(path, buffer.getvalue())
 
 
-def _draw_arms(axes: Any, found: Mapping[str, Any]) -> None:
+def _draw_arms(axes: Any, found: Mapping[str, Any], metric: str) -> None:
     names = [key for key, _ in ARMS]
+    seeds = "seeds" if metric == "macro_f1" else f"seeds_{metric}"
     for row, key in enumerate(names):
-        interval, arm = found["intervals"][key], found["arms"][key]
+        interval, arm = _get_part(found, "intervals", metric)[key], found["arms"][key]
         axes.plot([interval["low"], interval["high"]], [row, row], color=COLOURS[key], lw=2.5, solid_capstyle="butt")
-        axes.plot(arm["seeds"], [row] * len(arm["seeds"]), "|", color=COLOURS[key], ms=9, mew=1)
-        axes.plot(arm["macro_f1"], row, "o", color=COLOURS[key], ms=7)
-        axes.annotate(f"{arm['macro_f1']:.3f}", (arm["macro_f1"], row), xytext=(0, 9), textcoords="offset points",
+        axes.plot(arm[seeds], [row] * len(arm[seeds]), "|", color=COLOURS[key], ms=9, mew=1)
+        axes.plot(arm[metric], row, "o", color=COLOURS[key], ms=7)
+        axes.annotate(f"{arm[metric]:.3f}", (arm[metric], row), xytext=(0, 9), textcoords="offset points",
                       ha="center", fontsize=9)
     axes.set_yticks(range(len(names)), [words.replace("\n", " ") for _, words in ARMS])
     axes.set_ylim(len(names) - 0.4, -0.8)
-    axes.set_xlabel("macro-F1; line: 95 % over test cells, ticks: seeds")
+    what = "samples" if found["task"] == "donor" else "cells"
+    axes.set_xlabel(f"{METRICS[metric]}; line: 95 % over test {what}, ticks: seeds")
     _clean(axes)
 
 

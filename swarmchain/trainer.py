@@ -27,7 +27,7 @@ from swarmchain.config import write_file
 from swarmchain.examples import BagSet, Examples, TrainingSet, prepare_training
 from swarmchain.layouts import local_layout, parameter_layout
 from swarmchain.metrics import compute_auroc, compute_macro_f1
-from swarmchain.model import build_model, load_state, read_state
+from swarmchain.model import build_model, load_model, load_state, read_state
 from swarmchain.protocol import derive_seed
 from swarmchain.spec import DonorSpec, TrainedSpec, compute_spec_digest
 
@@ -226,6 +226,4 @@ def compute_loss(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> floa
 
 
 def _predict(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> npt.NDArray[np.float32]:
-    model = build_model(spec)
-    load_state(model, parameters)
-    return cells.predict(model, cells.validation)
+    return cells.predict(load_model(spec, parameters), cells.validation)

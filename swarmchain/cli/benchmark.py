@@ -14,15 +14,26 @@ from swarmchain.cli.common import example, interrupt_on_signals, print_json
 @click.option("--data", type=click.Path(path_type=Path), required=True,
               help="A folder with one .h5ad per site, or one .h5ad of all.")
 @click.option("--splits", type=click.Path(path_type=Path, dir_okay=False), required=True,
-              help="A table with the columns cell and split (train or test), and site with a folder.")
-@click.option("--task", type=click.Choice(["cell_type"]), default="cell_type", show_default=True,
-              help="What is learned.")
+              help="A table with the columns cell and split (train or test; task donor: or fold), site with a folder.")
+@click.option("--task", type=click.Choice(["cell_type", "donor"]), default="cell_type", show_default=True,
+              help="What is learned: each cell's type, or one label of each donor's sample.")
 @click.option("--site-column", default="site", show_default=True,
               help="Of the table or of .obs, with one file of all: whose a cell is.")
 @click.option("--label-column", default="cell_type", show_default=True, help="Of .obs.")
 @click.option("--donor-column", help="Of .obs: refuse splits that have a donor on both sides.")
-@click.option("--normalization", type=click.Choice(["log1p", "arcsinh", "none"]), default="log1p", show_default=True,
-              help="What X is brought to.")
+@click.option("--sample-column", help="Of .obs, task donor: where donors gave several samples.")
+@click.option("--model", "kind", type=click.Choice(["perceptron", "attention", "deep_sets", "pseudobulk"]),
+              default="perceptron", show_default=True, help="Task donor: one row per sample, or a bag of cells.")
+@click.option("--bag-size", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Task donor: cells of a bag that a step draws.")
+@click.option("--labels-min", type=click.IntRange(min=1), default=2, show_default=True,
+              help="Task donor: labels that a site's training samples must have.")
+@click.option("--cells-per-label", type=click.IntRange(min=1), default=5, show_default=True,
+              help="A site leaves out labels of which it has fewer training cells.")
+@click.option("--pool-folds", "pools_folds", is_flag=True,
+              help="Task donor: score the samples of all folds together, where a fold has few.")
+@click.option("--normalization", type=click.Choice(["log1p", "arcsinh", "proportions", "none"]), default="log1p",
+              show_default=True, help="What X is brought to.")
 @click.option("--cofactor", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
               help="Of arcsinh: 5 for mass cytometry, about 150 for flow.")
 @click.option("--state", type=click.Choice(["auto", "counts", "log1p", "arcsinh", "none"]), default="auto",
@@ -44,13 +55,17 @@ from swarmchain.cli.common import example, interrupt_on_signals, print_json
               help="Folder for benchmark.json and benchmark.png.")
 @click.option("--json", "as_json", is_flag=True, help="Print benchmark.json, and progress to standard error.")
 def benchmark(data: Path, splits: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """What sharing the training is worth: swarm, central, every site alone and a linear model on fixed splits."""
+    """What sharing the training is worth: swarm, central, every site alone and a linear model on fixed splits.
+
+    Cells are scored by macro-F1, donors by AUROC (two labels) and macro-F1.
+    """
     import json
 
     import torch
     from rich.console import Console
 
     from swarmchain.benchmark import run_benchmark
+    from swarmchain.benchmark_donors import run_donor_benchmark
     from swarmchain.config import write_file
     from swarmchain.scoreboard import format_tables, write_figure
 
@@ -58,7 +73,8 @@ def benchmark(data: Path, splits: Path, out: Path, as_json: bool, **options: Any
     torch.set_num_threads(1)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     write_file(out / "benchmark.json", b"{}")  # say so before the work, not after it
-    found = run_benchmark(_build_settings(data, splits, options), say=lambda words: console.print(words, markup=False))
+    run = run_donor_benchmark if options["task"] == "donor" else run_benchmark
+    found = run(_build_settings(data, splits, options), say=lambda words: console.print(words, markup=False))
     write_file(out / "benchmark.json", json.dumps(found, indent=1, sort_keys=True).encode())
     write_figure(out / "benchmark.png", found)
     for table in format_tables(found):
@@ -71,17 +87,24 @@ def benchmark(data: Path, splits: Path, out: Path, as_json: bool, **options: Any
 def _build_settings(data: Path, splits: Path, options: dict[str, Any]) -> Any:
     from swarmchain.benchmark import Settings, change_law
     from swarmchain.planning import recommend_training
-    from swarmchain.spec import Model, Normalization
+    from swarmchain.spec import Minimums, Model, Normalization, Training, parse_donor_model
 
     steps = {} if options["steps"] is None else {"training.steps": str(options["steps"])}
     normalization = Normalization(kind=options["normalization"], cofactor=options["cofactor"])
-    model, training = change_law(Model(), recommend_training(normalization),
-                                 {**steps, **_read_changes(options["changes"])})
+    changes = {**steps, **_read_changes(options["changes"])}
+    network, donor = Model(), {}
+    if options["task"] == "donor":
+        asked, training = change_law(parse_donor_model({"kind": options["kind"]}), Training(steps=10, batch_size=16),
+                                     changes)
+        donor = {"model": asked, **{key: options[key] for key in ("bag_size", "labels_min")}}
+    else:
+        network, training = change_law(network, recommend_training(normalization), changes)
     return Settings(
         data=data, splits=splits, task=options["task"], site_column=options["site_column"],
         label_column=options["label_column"], donor_column=options["donor_column"], state=options["state"],
-        normalization=normalization,
-        sites_per_feature_min=options["features_at"], rounds=options["rounds"], model=model, training=training,
+        sample_column=options["sample_column"], normalization=normalization, donor=donor,
+        minimums=Minimums(cells_per_label=options["cells_per_label"]), pools_folds=options["pools_folds"],
+        sites_per_feature_min=options["features_at"], rounds=options["rounds"], model=network, training=training,
         seeds=options["seeds"], central_steps=options["central_steps"], is_real=options["is_real"],
         leaves_one_out=options["leave_one_out"], resamples=options["resamples"])
 
