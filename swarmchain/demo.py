@@ -35,7 +35,7 @@ from swarmchain.page import write_audit
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
-from swarmchain.report import Predictions, format_metrics_table, write_report
+from swarmchain.report import Predictions, draw_figures, format_metrics_table, write_report
 from swarmchain.selection import SiteData, select_panel
 from swarmchain.spec import CellTypeSpec, Limits, Model, Training, encode_spec
 from swarmchain.store import read_checkpoint
@@ -61,7 +61,7 @@ def run_demo(
     *, data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Do everything and write `out`: summary.json, report.html, model.safetensors, spec.json, annotated.h5ad, audit/.
+    """Do everything and write `out`: summary.json, report.html, figures, model, spec, annotated.h5ad, audit/.
 
     `out`/swarm keeps chain, contract and store, for `swarmchain devchain --state` and `swarmchain run verify`.
 
@@ -185,8 +185,9 @@ def _conclude(
     write_file(out / "model.safetensors", blob)
     write_file(out / "spec.json", encode_spec(spec))
     _write_annotated(out / "annotated.h5ad", test, predicted, umap, spec)
-    write_report(out / "report.html", summary=summary, predictions=Predictions(
-        labels=spec.labels, truth=test.y, predicted=predicted, umap=umap, sites=test.sites))
+    predictions = Predictions(spec.labels, test.y, predicted, umap, test.sites)
+    figures = draw_figures(out / "figures", summary=summary, predictions=predictions)
+    write_report(out / "report.html", summary=summary, predictions=predictions, figures=figures)
     write_file(out / "summary.json", to_json(summary))
     return summary
 

@@ -55,21 +55,59 @@ def format_metrics_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def write_report(path: Path, *, summary: Mapping[str, Any], predictions: Predictions) -> None:
-    """Write the page. Raises `ConfigError` if the folder cannot be written."""
+def write_report(path: Path, *, summary: Mapping[str, Any], predictions: Predictions,
+                 figures: Sequence[Path] = ()) -> None:
+    """Write the page; it names the folder of `figures`. Raises `ConfigError` if the folder cannot be written."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("swarmchain"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters["number"] = _number
     environment.filters["bytes"] = _bytes
+    environment.filters["share"] = _share
+    points = _points(predictions, [site["name"] for site in summary["sites"]])
     page = environment.get_template("report.html").render(
         s=summary, arms=ARMS, colours=_colours(len(predictions.labels)), labels=predictions.labels,
         site_colours=_colours(len(summary["sites"])), curves=_curves(summary), confusion=_confusion(predictions),
-        points=_points(predictions), time_colours=TIME_COLOURS, timing=_timing(summary["timing_s"]["rounds"]),
-        grid=_grid(summary),
+        points=points, figures=figures, wrong=sum(point[2] != point[3] for point in points),
+        elsewhere=any(point[4] < 0 for point in points), time_colours=TIME_COLOURS,
+        timing=_timing(summary["timing_s"]["rounds"]), grid=_grid(summary),
     )
     write_file(path, page.encode())
+
+
+def draw_figures(folder: Path, *, summary: Mapping[str, Any], predictions: Predictions) -> list[Path]:
+    """The page's figures for other uses, as PNG and SVG: curves by round, confusion, F1, UMAPs of the held-out cells.
+
+    Raises `ConfigError` if the folder cannot be written.
+    """
+    import anndata
+    import pandas as pd
+
+    from swarmchain.plots import plot_confusion, plot_curves, plot_f1, plot_umap
+
+    labels, metrics, rounds = list(predictions.labels), summary["metrics"], summary["rounds"]
+    scores = {site["name"]: [row["scores"].get(site["name"]) for row in rounds] for site in summary["sites"]}
+    counts = np.array([[n for n, _ in row] for row in _confusion(predictions)], dtype=np.int64)
+    arms = {words: [metrics[key]["per_class"].get(label) for label in labels]
+            for key, words in (("swarm", "swarm"), ("central", "central"), ("local_mean", "a site alone, mean"))}
+    obs = {"label": np.array(labels)[predictions.truth], "call": np.array(labels)[predictions.predicted],
+           "site": predictions.sites, "right": predictions.truth == predictions.predicted}
+    cells = anndata.AnnData(obs=pd.DataFrame(obs, index=np.arange(len(predictions.truth)).astype(str)),
+                            obsm={"X_umap": predictions.umap})
+    lines = {words: metrics[key]["macro_f1"] for key, words in (("central", "central"), ("local_mean", "local mean"))}
+    titles = ("True type", "The swarm's call", "Site", "Right and wrong calls")
+    drawn = []
+    for kind in ("png", "svg"):
+        names = [folder / f"{name}.{kind}" for name in ("curves", "confusion", "f1", *(f"umap-{c}" for c in obs))]
+        plot_curves([row["round_id"] for row in rounds], scores, names[0], title="Macro-F1 by round",
+                    test=[row["test_macro_f1"] for row in rounds], lines=lines)
+        plot_confusion(counts, labels, names[1], title="Held-out cells, swarm")
+        plot_f1(arms, labels, [int(n) for n in counts.sum(axis=1)], names[2], title="F1 on held-out cells")
+        for path, column, words in zip(names[3:], obs, titles, strict=True):
+            plot_umap(cells, column, path, title=words)
+        drawn += names
+    return drawn
 
 
 def _colours(count: int) -> list[str]:
@@ -78,6 +116,10 @@ def _colours(count: int) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return "1" if value >= 0.995 else "<.01" if value < 0.01 else f"{value:.2f}".lstrip("0")
 
 
 def _bytes(value: float) -> str:
@@ -120,14 +162,16 @@ def _confusion(predictions: Predictions) -> list[list[tuple[int, float]]]:
     return [[(int(n), float(n / max(row.sum(), 1))) for n in row] for row in counts]
 
 
-def _points(predictions: Predictions) -> list[tuple[float, float, int, int]]:
-    """UMAP positions in a box of 300 × 300, true label, predicted label."""
+def _points(predictions: Predictions, sites: Sequence[str]) -> list[tuple[float, float, int, int, int]]:
+    """UMAP positions in a box of 300 × 300, true label, predicted label, site; in an order that hides no site."""
     low, high = predictions.umap.min(axis=0), predictions.umap.max(axis=0)
     unit = (predictions.umap - low) / np.where(high > low, high - low, 1.0)
-    return [
-        (round(8 + 284 * float(a), 1), round(292 - 284 * float(b), 1), int(t), int(p))
-        for (a, b), t, p in zip(unit, predictions.truth, predictions.predicted, strict=True)
+    at = {name: i for i, name in enumerate(sites)}
+    points = [
+        (round(8 + 284 * float(a), 1), round(292 - 284 * float(b), 1), int(t), int(p), at.get(str(site), -1))
+        for (a, b), t, p, site in zip(unit, predictions.truth, predictions.predicted, predictions.sites, strict=True)
     ]
+    return [points[i] for i in np.random.default_rng(0).permutation(len(points))]
 
 
 def _timing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
