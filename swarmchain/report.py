@@ -30,13 +30,18 @@ TIMES = tuple(TIME_COLOURS)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Held-out cells: class names, true and predicted index [cells], UMAP [cells, 2], the site of each cell."""
+    """Held-out cells: class names, true and predicted index [cells], UMAP [cells, 2], the site of each cell.
+
+    `own_umap` and `own_sites` are of cells that the sites hold, in the same coordinates.
+    """
 
     labels: tuple[str, ...]
     truth: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     umap: npt.NDArray[np.float32]
     sites: npt.NDArray[np.str_]
+    own_umap: npt.NDArray[np.float32]
+    own_sites: npt.NDArray[np.str_]
 
 
 def format_metrics_table(summary: Mapping[str, Any]) -> Table:
@@ -65,12 +70,12 @@ def write_report(path: Path, *, summary: Mapping[str, Any], predictions: Predict
     environment.filters["number"] = _number
     environment.filters["bytes"] = _bytes
     environment.filters["share"] = _share
-    points = _points(predictions, [site["name"] for site in summary["sites"]])
+    points, own = _points(predictions, [site["name"] for site in summary["sites"]])
     page = environment.get_template("report.html").render(
         s=summary, arms=ARMS, colours=_colours(len(predictions.labels)), labels=predictions.labels,
         site_colours=_colours(len(summary["sites"])), curves=_curves(summary), confusion=_confusion(predictions),
-        points=points, figures=figures, wrong=sum(point[2] != point[3] for point in points),
-        elsewhere=any(point[4] < 0 for point in points), time_colours=TIME_COLOURS,
+        points=points, own=own, figures=figures, wrong=sum(point[2] != point[3] for point in points),
+        time_colours=TIME_COLOURS,
         timing=_timing(summary["timing_s"]["rounds"]), grid=_grid(summary),
     )
     write_file(path, page.encode())
@@ -92,20 +97,23 @@ def draw_figures(folder: Path, *, summary: Mapping[str, Any], predictions: Predi
     arms = {words: [metrics[key]["per_class"].get(label) for label in labels]
             for key, words in (("swarm", "swarm"), ("central", "central"), ("local_mean", "a site alone, mean"))}
     obs = {"label": np.array(labels)[predictions.truth], "call": np.array(labels)[predictions.predicted],
-           "site": predictions.sites, "right": predictions.truth == predictions.predicted}
+           "right": predictions.truth == predictions.predicted}
     cells = anndata.AnnData(obs=pd.DataFrame(obs, index=np.arange(len(predictions.truth)).astype(str)),
                             obsm={"X_umap": predictions.umap})
+    own = anndata.AnnData(obs=pd.DataFrame({"site": predictions.own_sites}, index=np.arange(
+        len(predictions.own_sites)).astype(str)), obsm={"X_umap": predictions.own_umap})
     lines = {words: metrics[key]["macro_f1"] for key, words in (("central", "central"), ("local_mean", "local mean"))}
-    titles = ("True type", "The swarm's call", "Site", "Right and wrong calls")
-    drawn = []
+    titles = ("Held-out cells by true type", "Held-out cells by the swarm's call", "Right and wrong calls")
+    stems, drawn = ("curves", "confusion", "f1", *(f"umap-{column}" for column in obs), "umap-site"), []
     for kind in ("png", "svg"):
-        names = [folder / f"{name}.{kind}" for name in ("curves", "confusion", "f1", *(f"umap-{c}" for c in obs))]
+        names = [folder / f"{stem}.{kind}" for stem in stems]
         plot_curves([row["round_id"] for row in rounds], scores, names[0], title="Macro-F1 by round",
                     test=[row["test_macro_f1"] for row in rounds], lines=lines)
         plot_confusion(counts, labels, names[1], title="Held-out cells, swarm")
         plot_f1(arms, labels, [int(n) for n in counts.sum(axis=1)], names[2], title="F1 on held-out cells")
-        for path, column, words in zip(names[3:], obs, titles, strict=True):
+        for path, column, words in zip(names[3:-1], obs, titles, strict=True):
             plot_umap(cells, column, path, title=words)
+        plot_umap(own, "site", names[-1], title="The sites' own cells")
         drawn += names
     return drawn
 
@@ -162,16 +170,20 @@ def _confusion(predictions: Predictions) -> list[list[tuple[int, float]]]:
     return [[(int(n), float(n / max(row.sum(), 1))) for n in row] for row in counts]
 
 
-def _points(predictions: Predictions, sites: Sequence[str]) -> list[tuple[float, float, int, int, int]]:
-    """UMAP positions in a box of 300 × 300, true label, predicted label, site; in an order that hides no site."""
-    low, high = predictions.umap.min(axis=0), predictions.umap.max(axis=0)
-    unit = (predictions.umap - low) / np.where(high > low, high - low, 1.0)
-    at = {name: i for i, name in enumerate(sites)}
-    points = [
-        (round(8 + 284 * float(a), 1), round(292 - 284 * float(b), 1), int(t), int(p), at.get(str(site), -1))
-        for (a, b), t, p, site in zip(unit, predictions.truth, predictions.predicted, predictions.sites, strict=True)
-    ]
-    return [points[i] for i in np.random.default_rng(0).permutation(len(points))]
+def _points(predictions: Predictions, sites: Sequence[str]
+            ) -> tuple[list[tuple[float, float, int, int]], list[tuple[float, float, int]]]:
+    """UMAP positions in a box of 300 × 300: held-out cells with true and predicted label, the sites' own with the site.
+
+    The sites' cells are in an order that puts none of them on top as a whole.
+    """
+    both = np.concatenate([predictions.umap, predictions.own_umap])
+    low, high = both.min(axis=0), both.max(axis=0)
+    unit = (both - low) / np.where(high > low, high - low, 1.0)
+    at = [(round(8 + 284 * float(a), 1), round(292 - 284 * float(b), 1)) for a, b in unit]
+    points = [(*p, int(t), int(c)) for p, t, c in zip(at, predictions.truth, predictions.predicted, strict=False)]
+    index = {name: i for i, name in enumerate(sites)}
+    own = [(*p, index[str(site)]) for p, site in zip(at[len(points) :], predictions.own_sites, strict=True)]
+    return points, [own[i] for i in np.random.default_rng(0).permutation(len(own))]
 
 
 def _timing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
