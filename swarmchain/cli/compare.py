@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 @click.argument("number", type=click.IntRange(min=1))
 @site_option
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for a picture of F1 per class.")
+@click.option("--local-rounds", type=click.IntRange(min=1), default=20, show_default=True,
+              help="How many the swarm's model is trained on, on this site's cells alone, for the last line.")
 @json_option
-def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> None:
+def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int, as_json: bool) -> None:
     """Home against swarm: say whether this site gains by a run, on its own validation cells.
 
-    Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Nothing leaves
-    the site, and nothing is signed.
+    Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Beside them: the
+    swarm's model told this site's own shares of the classes, and the same trained on here. Nothing leaves the site, and
+    nothing is signed.
     """
     from swarmchain.comparing import compare_site
     from swarmchain.evaluating import read_trained
@@ -43,7 +46,7 @@ def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> 
     view = contract.view_run(number)
     spec = read_trained(store, view)
     site = contract.get_site_index(read_address(config.resolve(config.keys.keystore)))
-    found = compare_site(config, store, view, spec, site=site)
+    found = compare_site(config, store, view, spec, site=site, rounds=local_rounds)
     if plots is not None:
         from swarmchain.plots import plot_f1
 
@@ -65,6 +68,10 @@ def _print(found: Comparison) -> None:
     click.echo(f"{'macro-F1':<{width}}  {found.cells:>7}  {found.home:>6.3f}  {found.swarm:>6.3f}  "
                f"{found.difference:>+7.3f}")
     click.echo(f"95 % of the differences lie in {found.low:+.3f} to {found.high:+.3f} (bootstrap over the cells)")
+    for how, variant in (("told this site's own shares of the classes", found.own_shares),
+                         (f"trained {found.trained_on_rounds} rounds more on this site's cells", found.trained_on)):
+        click.echo(f"the swarm's model, {how}: {variant.macro_f1:.3f}, gain {variant.macro_f1 - found.home:+.3f} "
+                   f"({variant.low:+.3f} to {variant.high:+.3f})")
     words = {
         "gains": f"{found.site} gains: the swarm's model calls its cells better than one of its own.",
         "loses": f"{found.site} loses: a model of its own calls its cells better than the swarm's.",
