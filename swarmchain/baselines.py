@@ -49,7 +49,8 @@ def predict_at_home(parameters: Arrays, x: Floats, spec: CellTypeSpec, *, data: 
     """As `predict`, once the shares of the classes among a site's training cells are allowed for; see `shares`."""
     own = count_own(data.y[data.train], len(spec.labels))
     probabilities = predict_probabilities(load_model(spec, parameters), x)
-    called: Ints = apply_shares(probabilities, own, compute_drawn(cells_per_label, spec)).argmax(axis=1).astype(np.int64)
+    told = apply_shares(probabilities, own, compute_drawn(cells_per_label, spec))
+    called: Ints = told.argmax(axis=1).astype(np.int64)
     return called
 
 

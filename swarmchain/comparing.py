@@ -129,9 +129,10 @@ def compare_site(config: SiteConfig, store: Store, view: RunView, spec: CellType
     truth = data.y[data.validation]
     x = standardize(data.x[data.validation], data.present, checkpoint)
     counts = _read_counts(store, spec)
+    more = train_on(checkpoint, data, spec, site=site, constants=seed, rounds=rounds)
     called = {"home": predict(home, x, spec), "swarm": predict(checkpoint, x, spec),
               "own_shares": predict_at_home(checkpoint, x, spec, data=data, cells_per_label=counts),
-              "trained_on": predict(train_on(checkpoint, data, spec, site=site, constants=seed, rounds=rounds), x, spec)}
+              "trained_on": predict(more, x, spec)}
     bounds = _resample(truth, called, classes=len(spec.labels))
     f1 = {name: _score_classes(truth, found, len(spec.labels)) for name, found in called.items()}
     macro = {name: compute_macro_f1(truth, found, classes=len(spec.labels)) for name, found in called.items()}

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int, as_json: bool) -> None:
     """Home against swarm: say whether this site gains by a run, on its own validation cells.
 
-    Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Beside them: the
-    swarm's model told this site's own shares of the classes, and the same trained on here. Nothing leaves the site, and
-    nothing is signed.
+    Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Beside them the
+    swarm's model, told this site's own shares of the classes, and the same trained on here. Nothing leaves the site,
+    and nothing is signed.
     """
     from swarmchain.comparing import compare_site
     from swarmchain.evaluating import read_trained
