@@ -27,6 +27,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 TRAINED_ON_ROUNDS = 20
+TRAINED_ON_LR_SHARE = 0.3
 
 
 def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
@@ -75,9 +76,11 @@ def train_on(parameters: Arrays, data: SiteData, spec: CellTypeSpec, *, site: in
              ) -> dict[str, Any]:
     """A swarm's model after some rounds more on one site's cells alone, drawn as often as they are there.
 
-    The learning rate starts where the run's did, and falls as it did.
+    The learning rate starts at `TRAINED_ON_LR_SHARE` of the run's, so that the swarm's knowledge is kept, and falls as
+    the run's did.
     """
-    settings = {"training": spec.training.model_copy(update={"class_balance": "none"}),
+    settings = {"training": spec.training.model_copy(update={"class_balance": "none",
+                                                             "lr": spec.training.lr * TRAINED_ON_LR_SHARE}),
                 "limits": spec.limits.model_copy(update={"rounds": rounds})}
     start = {name: value for name, value in parameters.items() if not name.startswith("standardize.")}
     return train_alone(data, {**start, **{n: v for n, v in constants.items() if n.startswith("standardize.")}},
