@@ -50,7 +50,7 @@ class Trust(Strict):
     """
 
     rate_first: bool = True
-    benefit_percent: Annotated[int, Field(ge=0, le=100)] = 50
+    benefit_percent: Annotated[int, Field(ge=0, le=100)] = 25
     slack_mnat: Annotated[int, Field(ge=0)] = 30
     harm_max_mnat: Annotated[int, Field(ge=1)] = 60
     memory_mnat: Annotated[int, Field(ge=1)] = 2_000
