@@ -142,8 +142,8 @@ def test_card_of_a_model_of_donors(trained: Trained) -> None:
     assert [row.cells_train for row in card.sites] == [24, 24, 24]
     text = (trained.folder / "model-card.md").read_text()
     for words in ("a bag of its cells", "gated attention", "12 validation samples",
-                  "| label | F1 | samples (support) |", "AUROC at the sites", "8 cells of each", "one more right or wrong call",
-                  "attention shows where the model looked, not why"):
+                  "| label | F1 | samples (support) |", "AUROC at the sites", "8 cells of each",
+                  "one more right or wrong call", "attention shows where the model looked, not why"):
         assert words in text
     assert "None" not in text and "single cell" not in text
     for picture in re.findall(r"\]\(([^)]+)\)", text):
