@@ -53,7 +53,8 @@ AML: dict[str, Any] = {
     "donor": {"model": RowModel(hidden=(64,), dropout=0.3), "labels_min": 1}}
 KANG: dict[str, Any] = {
     "label_column": "condition", "donor_column": "donor", "sample_column": "sample", "sites_per_feature_min": 2,
-    "rounds": 10, "training": Training(steps=5, batch_size=4), "donor": {"model": Pseudobulk(), "bag_size": 32}, "pools_folds": True}
+    "rounds": 10,
+    "training": Training(steps=5, batch_size=4), "donor": {"model": Pseudobulk(), "bag_size": 32}, "pools_folds": True}
 DONORS: dict[str, tuple[int, dict[str, Any]]] = {"aml_skew": (AML_FOLDS, AML), "aml_even": (AML_FOLDS, AML),
                                                  "kang": (KANG_FOLDS, KANG)}
 ALL = (*SETS, *DONORS)
