@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from merges import OUTERS, SHAPES, draw, make_input, make_inputs, make_settings, merge
 
 from swarmchain import kernels
-from swarmchain.cli.run import CODECS as OFFERED_CODECS
-from swarmchain.cli.run import MERGES
-from swarmchain.cli.run import OUTERS as OFFERED_OUTERS
+from swarmchain.cli.plans import CODECS as OFFERED_CODECS
+from swarmchain.cli.plans import MERGES
+from swarmchain.cli.plans import OUTERS as OFFERED_OUTERS
 from swarmchain.codec import encode_deltas, read_piece
 from swarmchain.errors import CheckpointError, ConfigError, SpecError
 from swarmchain.merge import build_network, compute_norm, compute_products, compute_weights, merge_deltas

@@ -63,7 +63,8 @@ def test_site_that_a_majority_finds_harmful_has_no_weight() -> None:
     # site 4 is hostile, and lies about all others
     ratings = rate_all(range(5), lambda i, j: WORST if i == 4 else 200 if j == 4 else -100)
     harm = update_harm({}, ratings, SETTINGS, rated=set(range(5)))
-    assert harm == {4: 200 + SETTINGS.benefit_percent - SETTINGS.slack_mnat} and choose_harmful(harm, range(5), SETTINGS) == {4}
+    assert harm == {4: 200 + SETTINGS.benefit_percent - SETTINGS.slack_mnat}
+    assert choose_harmful(harm, range(5), SETTINGS) == {4}
 
 
 def test_site_that_does_nothing_for_anyone_has_no_weight() -> None:
