@@ -2,8 +2,8 @@
 
     SWARMCHAIN_DATA=DIR python bench/science.py [--data NAME …] [--seeds 3] [--rounds 100] [--real] [--write] [--json]
 
-`SWARMCHAIN_DATA` names the folder with the sets and `splits/`. `--real` plays the first seed again through agents on a
-chain and demands the same checkpoint. `--write` puts the table into docs/benchmarks.md and the figures into
+`SWARMCHAIN_DATA` names the folder with the sets and `splits/`. `--real` plays the first seed again by agents on a
+chain and demands the same checkpoint. `--write` puts the tables into docs/benchmarks.md and the figures into
 docs/images; with `--out` and then `--read` the measuring may be spread over several calls.
 """
 
@@ -46,13 +46,14 @@ SETS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 # one row for each subject: a site with a single case may use it; chosen on folds inside the training folds
 AML: dict[str, Any] = {
-    "label_column": "diagnosis", "donor_column": "subject", "state": "none", "normalization": Normalization(kind="none"),
-    "minimums": Minimums(cells_per_label=1), "sites_per_feature_min": 2, "rounds": 40,
-    "training": Training(steps=10, batch_size=32, weight_decay=1e-3),
+    "label_column": "diagnosis", "donor_column": "subject", "state": "none",
+    "normalization": Normalization(kind="none"), "minimums": Minimums(cells_per_label=1), "sites_per_feature_min": 2,
+    "rounds": 40, "training": Training(steps=10, batch_size=32, weight_decay=1e-3),
     "donor": {"model": RowModel(hidden=(64,), dropout=0.3), "labels_min": 1}}
 KANG: dict[str, Any] = {
-    "label_column": "condition", "donor_column": "donor", "sample_column": "sample", "sites_per_feature_min": 2, "rounds": 10,
-    "training": Training(steps=5, batch_size=4), "donor": {"model": Pseudobulk(), "bag_size": 32}, "pools_folds": True}
+    "label_column": "condition", "donor_column": "donor", "sample_column": "sample", "sites_per_feature_min": 2,
+    "rounds": 10, "training": Training(steps=5, batch_size=4), "donor": {"model": Pseudobulk(), "bag_size": 32},
+    "pools_folds": True}
 DONORS: dict[str, tuple[int, dict[str, Any]]] = {"aml_skew": (AML_FOLDS, AML), "aml_even": (AML_FOLDS, AML),
                                                  "kang": (KANG_FOLDS, KANG)}
 ALL = (*SETS, *DONORS)

@@ -2,12 +2,13 @@
 
     SWARMCHAIN_DATA=DIR python bench/training.py [--rounds 20] [--repeats 3] [--memory] [--json]
 
-On one core, in one process, turn about: the swarm (`swarmchain.inprocess`: all sites' training, coding, store, merge
-and judging), and pooled training of the same network with the same total number of steps (sites × rounds × steps), by
-the same code. Medians of the repeats, and of the ratio of each pair, by the clock and by the processor's time (which
-does not know who else uses the core). Reading and standardising the cells is in neither.
-`--memory`: a process of its own for each site does what its agent does for a statistics run and two rounds; the peak of
-its resident memory, beside that of a process that only imports the same libraries.
+On one core, in one process, in turns: the swarm (`swarmchain.inprocess`: all sites' training, coding, store, merge and
+judging), and pooled training of the same network with the same total number of steps (sites × rounds × steps), by the
+same code. Medians of the repeats, and of the ratio of each pair, by the clock and by the processor's time (which does
+not know who else uses the core). Reading and standardising the cells is in neither.
+`--memory`: a process of its own for each of the 16 samples of cytof_multicenter.h5ad (929,685 cells), whose cells it
+picks out of the whole file, plays a statistics run and a training run (`--rounds`) from the first sum to the last
+merge; the peak of its resident memory, beside that of a process that only imports the same libraries.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import h5py
 import torch
-from science import SETS, make_settings
+from anndata.io import read_elem
+from science import SETS, find_root, make_settings
 
 from swarmchain.baselines import pool, train_alone
-from swarmchain.benchmark import Settings
+from swarmchain.benchmark import Settings, name_cells
 from swarmchain.config import DataConfig
 from swarmchain.data import read_cells
 from swarmchain.dealing import deal_splits
@@ -41,10 +44,8 @@ from swarmchain.spec import CellTypeSpec, Limits
 from swarmchain.store import read_checkpoint
 
 
-def open_room(folder: Path, settings: Settings, files: dict[str, Path]) -> tuple[InProcess, int, CellTypeSpec]:
+def open_room(folder: Path, settings: Settings, cells: dict[str, DataConfig]) -> tuple[InProcess, int, CellTypeSpec]:
     """Sites in one process, ready to train."""
-    cells = {name: DataConfig(path=str(path.resolve()), label_column=settings.label_column, state=settings.state)
-             for name, path in files.items()}
     room = InProcess(folder, cells)
     cards = room.list_cards()
     view = room.play(room.propose(plan_statistics(cards, name="statistics", sites_to_start=len(cards),
@@ -56,9 +57,10 @@ def open_room(folder: Path, settings: Settings, files: dict[str, Path]) -> tuple
     return room, room.propose(spec, seed_checkpoint=seed), spec
 
 
-def deal(folder: Path, settings: Settings) -> dict[str, Path]:
-    return deal_splits(folder, settings.data, splits=settings.splits, site_column=settings.site_column,
-                       label_column=settings.label_column).files
+def deal(folder: Path, settings: Settings) -> dict[str, DataConfig]:
+    dealt = deal_splits(folder, settings.data, splits=settings.splits, site_column=settings.site_column,
+                        label_column=settings.label_column)
+    return {name: name_cells(path, settings) for name, path in dealt.files.items()}
 
 
 def measure_time(name: str, rounds: int, repeats: int) -> dict[str, Any]:
@@ -91,34 +93,37 @@ def measure_time(name: str, rounds: int, repeats: int) -> dict[str, Any]:
             "parts_s": dict(zip(("contribute", "merge", "judge"), middle, strict=True))}
 
 
-def measure_memory(name: str) -> list[dict[str, Any]]:
+def measure_memory(rounds: int) -> list[dict[str, Any]]:
     """Peak resident memory of every site's process, MB."""
-    settings, found = make_settings(name, rounds=2), []
-    with tempfile.TemporaryDirectory() as folder:
-        files = deal(Path(folder) / "data", settings)
-        base = _run_child(["--child", name, "--site", "-", "."])
-        for site, path in files.items():
-            peak = _run_child(["--child", name, "--site", site, str(path)])
-            found.append({"data": name, "site": site, "peak_mb": peak, "libraries_mb": base,
-                          "file_mb": round(path.stat().st_size / 1e6, 1)})
+    path = find_root() / "cytof_multicenter" / "cytof_multicenter.h5ad"
+    with h5py.File(path) as file:
+        samples = read_elem(file["obs/sample"]).astype(str).value_counts()
+    base = _run_child("-", rounds)["peak_mb"]
+    return [{"site": site, "cells": int(cells), "libraries_mb": base, **_run_child(str(site), rounds)}
+            for site, cells in samples.items()]
+
+
+def _run_child(site: str, rounds: int) -> dict[str, float]:
+    words = [sys.executable, __file__, "--child", site, "--rounds", str(rounds)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
-def _run_child(words: list[str]) -> float:
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return float(done.stdout)
-
-
-def be_child(name: str, site: str, path: Path) -> None:
-    """One site alone plays; print the peak of this process's memory in MB."""
+def be_child(site: str, rounds: int) -> None:
+    """One site alone plays; print the peak of this process's memory in MB, and the seconds that it computed."""
     if site != "-":
-        settings = make_settings(name, rounds=2, sites_per_feature_min=1)
+        settings = make_settings("cytof", rounds=rounds, sites_per_feature_min=1)
+        path = find_root() / "cytof_multicenter" / "cytof_multicenter.h5ad"
+        cells = DataConfig(path=str(path), label_column=settings.label_column, state=settings.state,
+                           where={"sample": site})
         with tempfile.TemporaryDirectory() as folder:
-            room, run, _ = open_room(Path(folder) / "room", settings, {site: path})
+            room, run, _ = open_room(Path(folder) / "room", settings, {site: cells})
             room.play(run)
-    print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({"peak_mb": round(usage.ru_maxrss / 1024, 1), "cpu_s": round(usage.ru_utime + usage.ru_stime, 1)}))
 
 
 def main() -> None:
@@ -129,24 +134,25 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--site", nargs=2, default=("-", "."), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.child:
-        be_child(options.child, options.site[0], Path(options.site[1]))
+        be_child(options.child, options.rounds)
         return
-    rows = [measure_time(name, options.rounds, options.repeats) for name in options.data]
-    memory = [row for name in options.data for row in measure_memory(name)] if options.memory else []
+    rows = [] if options.memory else [measure_time(name, options.rounds, options.repeats) for name in options.data]
+    memory = measure_memory(options.rounds) if options.memory else []
     if options.json:
         print(json.dumps({"time": rows, "memory": memory}, indent=1))
         return
     print("| data | sites | rounds × steps | swarm, s | pooled, same total steps, s | ratio | of CPU time |\n"
-          "|---|---:|---:|---:|---:|---:|---:|")
+          "|---|---:|---:|---:|---:|---:|---:|" if rows else
+          "| site | cells | peak memory, MB | libraries alone, MB | CPU seconds |\n|---|---:|---:|---:|---:|")
     for r in rows:
         print(f"| {r['data']} | {r['sites']} | {r['rounds']} × {r['steps']} | {r['swarm_s']:.1f} "
               f"| {r['central_s']:.1f} | {r['ratio']:.2f} | {r['cpu_ratio']:.2f} |")
     for row in memory:
-        print(f"{row['data']} {row['site']}: peak {row['peak_mb']} MB, libraries alone {row['libraries_mb']} MB")
+        print(f"| {row['site']} | {row['cells']:,} | {row['peak_mb']:.0f} | {row['libraries_mb']:.0f} "
+              f"| {row['cpu_s']:.0f} |")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def open_arena(folder: Path, cells: Mapping[str, DataConfig], *, is_real: bool, 
     one = next(iter(cells.values()))
     files = {name: Path(settings.path) for name, settings in cells.items()}
     with start_consortium(folder, files, seed=seed, label_column=one.label_column, label_map=one.label_map,
-                          state=one.state, donor_column=one.donor_column, sample_column=one.sample_column
-                          ) as consortium:
+                          state=one.state, donor_column=one.donor_column, sample_column=one.sample_column,
+                          classes_min=one.classes_min) as consortium:
         yield _Agents(consortium)
 
 

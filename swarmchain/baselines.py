@@ -19,11 +19,15 @@ from swarmchain.certify import Arrays
 from swarmchain.metrics import compute_f1, compute_macro_f1, summarize_f1
 from swarmchain.model import load_model, predict_probabilities
 from swarmchain.selection import SiteData
+from swarmchain.shares import apply_shares, compute_drawn, count_own
 from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
 from swarmchain.trainer import prepare_training, train_round
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+TRAINED_ON_ROUNDS = 20
+TRAINED_ON_LR_SHARE = 0.3
 
 
 def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
@@ -35,20 +39,20 @@ def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
 
 def score_at_home(parameters: Arrays, data: SiteData, cells_per_label: npt.NDArray[np.generic], spec: CellTypeSpec, *,
                   constants: Arrays) -> float:
-    """Macro-F1 on a site's validation cells once its own shares of the classes are allowed for.
-
-    A swarm's model expects the classes as often as training drew them; a site that knows which it has may say so:
-    p(c|x) · own share / drawn share, normalised (Saerens et al. 2002, eq. 2.4). Own shares are those of its training
-    cells, one more of each class; what training drew goes by the counts over all sites.
-    """
-    own = np.bincount(data.y[data.train], minlength=len(spec.labels)) + 1.0
-    drawn = np.maximum(cells_per_label.astype(np.float64), 1.0)
-    if spec.training.class_balance == "inverse_sqrt":
-        drawn = np.sqrt(drawn)
-    model = load_model(spec, parameters)
+    """Macro-F1 on a site's validation cells once its own shares of the classes are allowed for; see `shares`."""
     x = standardize(data.x, data.present, constants)[data.validation]
-    called = (predict_probabilities(model, x) * (own / drawn)).argmax(axis=1).astype(np.int64)
+    called = predict_at_home(parameters, x, spec, data=data, cells_per_label=cells_per_label)
     return compute_macro_f1(data.y[data.validation], called, classes=len(spec.labels))
+
+
+def predict_at_home(parameters: Arrays, x: Floats, spec: CellTypeSpec, *, data: SiteData,
+                    cells_per_label: npt.NDArray[np.generic]) -> Ints:
+    """As `predict`, once the shares of the classes among a site's training cells are allowed for; see `shares`."""
+    own = count_own(data.y[data.train], len(spec.labels))
+    probabilities = predict_probabilities(load_model(spec, parameters), x)
+    told = apply_shares(probabilities, own, compute_drawn(cells_per_label, spec))
+    called: Ints = told.argmax(axis=1).astype(np.int64)
+    return called
 
 
 def train_alone(data: SiteData, seed: Arrays, spec: TrainedSpec, *, site: int, rounds: int) -> dict[str, Any]:
@@ -66,6 +70,21 @@ def train_alone(data: SiteData, seed: Arrays, spec: TrainedSpec, *, site: int, r
         moved = {name: parameters[name] + delta for name, delta in found.deltas.items()}
         parameters = {**parameters, **moved, **found.local}
     return parameters
+
+
+def train_on(parameters: Arrays, data: SiteData, spec: CellTypeSpec, *, site: int, constants: Arrays, rounds: int
+             ) -> dict[str, Any]:
+    """A swarm's model after some rounds more on one site's cells alone, drawn as often as they are there.
+
+    The learning rate starts at `TRAINED_ON_LR_SHARE` of the run's, so that the swarm's knowledge is kept, and falls as
+    the run's did.
+    """
+    settings = {"training": spec.training.model_copy(update={"class_balance": "none",
+                                                             "lr": spec.training.lr * TRAINED_ON_LR_SHARE}),
+                "limits": spec.limits.model_copy(update={"rounds": rounds})}
+    start = {name: value for name, value in parameters.items() if not name.startswith("standardize.")}
+    return train_alone(data, {**start, **{n: v for n, v in constants.items() if n.startswith("standardize.")}},
+                       spec.model_copy(update=settings), site=site, rounds=rounds)
 
 
 def pool(parts: Sequence[SiteData], constants: Arrays) -> SiteData:

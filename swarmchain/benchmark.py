@@ -28,7 +28,15 @@ from pydantic import BaseModel, ValidationError
 
 from swarmchain.agreement import standardize
 from swarmchain.arena import open_arena
-from swarmchain.baselines import pool, predict, predict_linear, score_at_home, train_alone
+from swarmchain.baselines import (
+    TRAINED_ON_ROUNDS,
+    pool,
+    predict,
+    predict_linear,
+    score_at_home,
+    train_alone,
+    train_on,
+)
 from swarmchain.certify import Arrays
 from swarmchain.config import DataConfig
 from swarmchain.data import read_cells, read_names
@@ -116,14 +124,14 @@ class Test:
 class Measured:
     """Predictions on the held-out cells, by arm and seed, and what the sites see at home, by seed.
 
-    `home[site]` holds (swarm, local, swarm with the site's own shares of the classes).
+    `home[site]` holds (swarm, local, swarm with the site's own shares of the classes, swarm trained on at the site).
     """
 
     truth: Ints
     labels: tuple[str, ...]
     unknown: int
     predictions: dict[str, list[Ints]] = field(default_factory=dict)
-    home: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+    home: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
     checkpoints: list[str] = field(default_factory=list)
     wall_s: dict[str, list[float]] = field(default_factory=dict)
 
@@ -268,7 +276,9 @@ def measure(measured: Measured, swarm: Swarm, test: Test, settings: Settings) ->
         if here is not None and shared is not None:
             own = shared if spec.model.local else score_at_home(swarm.tensors, data, swarm.counts, spec,
                                                                 constants=swarm.seed)
-            measured.home.setdefault(name, []).append((shared, here, own))
+            more = train_on(swarm.tensors, data, spec, site=i, constants=swarm.seed, rounds=TRAINED_ON_ROUNDS)
+            on = score_checkpoint(more, cells, spec) or 0.0
+            measured.home.setdefault(name, []).append((shared, here, own, on))
     # it has no seed; fitted again, since the panel is a seed's own by right
     measured.add("linear", predict_linear(pooled, swarm.seed, test.x))
 
@@ -313,8 +323,9 @@ def summarize(measured: Measured, swarms: Sequence[Swarm], settings: Settings, l
         for arm, values in scores.items()}
     arms["local_worst"]["site"] = worst.removeprefix(LOCAL)
     intervals, differences = _compute_intervals(measured, worst, settings)
-    home = {name: {**dict(zip(("swarm", "local", "swarm_own_shares"), np.mean(found, axis=0).tolist(), strict=True)),
-                   "difference": float(np.mean([shared - here for shared, here, _ in found])),
+    keys = ("swarm", "local", "swarm_own_shares", "swarm_trained_on")
+    home = {name: {**dict(zip(keys, np.mean(found, axis=0).tolist(), strict=True)),
+                   "difference": float(np.mean([shared - here for shared, here, *_ in found])),
                    "cells": len(swarms[0].sites[name].validation)}
             for name, found in measured.home.items()}
     spec = swarms[0].spec
@@ -365,7 +376,8 @@ def _score(measured: Measured, arm: str) -> list[float]:
 
 def name_cells(path: Path, settings: Settings) -> DataConfig:
     """How a site names a file of cells."""
-    owners: Any = {"donor_column": settings.donor_column, "sample_column": settings.sample_column}
+    owners: Any = {"donor_column": settings.donor_column, "sample_column": settings.sample_column,
+                   "classes_min": settings.donor.get("labels_min", 2)}
     return DataConfig(path=str(path.resolve()), label_column=settings.label_column, state=settings.state,
                       **(owners if settings.task == "donor" else {}))
 

@@ -1,8 +1,8 @@
 """The benchmark of classifiers of donors: as `benchmark`, with samples in place of cells, by one split or by folds.
 
 Every arm gives class probabilities of the held-out samples; they are scored by the area under the ROC curve, where
-there are two labels, and by macro-F1. With folds every sample is held out once: the score is the mean over the folds, or,
-where a fold has few samples, that of all folds' samples together.
+there are two labels, and by macro-F1. With folds every sample is held out once: the score is the mean over the folds,
+or, where a fold has few samples, that of all folds' samples together.
 """
 
 from __future__ import annotations

@@ -348,7 +348,7 @@ state = {state}
 # labels that are not on the run's list: "refuse", or "exclude" those cells
 # unmapped = "refuse"
 # fewest kinds of cells that a run may find here
-# classes_min = 2
+{classes_line}
 
 # keep the cells whose columns hold these values
 # [data.where]
@@ -375,6 +375,7 @@ def render_site_toml(
     labels: str | None = None,
     donor_column: str | None = None,
     sample_column: str | None = None,
+    classes_min: int = 2,
     keystore: str = "keystore.json",
     seal_key: str | None = None,
     password_file: str | None = None,
@@ -394,7 +395,8 @@ def render_site_toml(
         data=quote(data), label_column=quote(label_column), state=quote(state), label_map=lines,
         labels_line=f"labels = {quote(labels)}" if labels else '# labels = "labels.csv"',
         donor_line=f"donor_column = {quote(donor_column)}" if donor_column else '# donor_column = "donor"',
-        sample_line=f"sample_column = {quote(sample_column)}" if sample_column else '# sample_column = "sample"')
+        sample_line=f"sample_column = {quote(sample_column)}" if sample_column else '# sample_column = "sample"',
+        classes_line="# classes_min = 2" if classes_min == 2 else f"classes_min = {classes_min}")
     return SITE_TOML.format(
         name=quote(name), rpc_url=quote(rpc_url), deployment=quote(deployment), store=quote(store),
         keystore=quote(keystore), password_line=password, seal_line=seal, data_section=section, poll_s=poll_s,

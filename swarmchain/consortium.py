@@ -164,7 +164,8 @@ class Consortium:
 def start_consortium(
     folder: Path, files: Mapping[str, Path | None], *, seed: int, label_column: str = "",
     label_map: Mapping[str, str] | None = None, state: str = "auto", donor_column: str | None = None,
-    sample_column: str | None = None, polling: Polling = Polling(), chain_options: Sequence[str] = (),
+    sample_column: str | None = None, classes_min: int = 2, polling: Polling = Polling(),
+    chain_options: Sequence[str] = (),
 ) -> Iterator[Consortium]:
     """A chain, a contract and sites, all under `folder`, while the context lasts.
 
@@ -182,7 +183,7 @@ def start_consortium(
     with contextlib.ExitStack() as chains:
         chain = chains.enter_context(start_devchain("anvil", options=chain_options))
         cells = {"label_column": label_column, "label_map": dict(label_map or {}), "state": state,
-                 "donor_column": donor_column, "sample_column": sample_column}
+                 "donor_column": donor_column, "sample_column": sample_column, "classes_min": classes_min}
         sites = [
             _make_site(folder, name, path, rpc_url=chain.rpc_url, seed=seed, rank=i, cells=cells, polling=polling)
             for i, (name, path) in enumerate(files.items())

@@ -98,11 +98,13 @@ def _format_home(found: Mapping[str, Any]) -> Table:
                           f"{entry['difference']:+.3f}")
         return table
     table = _start("home against swarm: macro-F1 on own validation cells")
-    for head in ("site", "cells", "trained alone", "swarm", "gain", "swarm, own shares"):
+    for head in ("site", "cells", "trained alone", "swarm", "gain", "own shares", "gain", "trained on", "gain"):
         table.add_column(head, justify="left" if head == "site" else "right")
     for name, entry in found["home"].items():
         table.add_row(name, str(entry["cells"]), _number(entry["local"]), _number(entry["swarm"]),
-                      f"{entry['difference']:+.3f}", _number(entry["swarm_own_shares"]))
+                      f"{entry['difference']:+.3f}",
+                      *(words for key in ("swarm_own_shares", "swarm_trained_on")
+                        for words in (_number(entry[key]), f"{entry[key] - entry['local']:+.3f}")))
     return table
 
 

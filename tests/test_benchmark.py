@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -15,18 +16,21 @@ from conftest import write_cells
 
 from swarmchain.arena import open_arena
 from swarmchain.benchmark import Settings, change_law, run_benchmark
+from swarmchain.benchmark_donors import run_donor_benchmark
 from swarmchain.cli import cli
 from swarmchain.config import DataConfig
 from swarmchain.dealing import deal_pbmc, deal_splits
 from swarmchain.errors import ConfigError, DataError, RunFailed, SwarmError
+from swarmchain.examples import draw_weighted, sum_weights
 from swarmchain.inprocess import InProcess, RoundPlayed
-from swarmchain.intervals import resample_macro_f1
+from swarmchain.intervals import resample_auroc, resample_macro_f1
 from swarmchain.merging import ClippedMean, Outer
-from swarmchain.metrics import compute_macro_f1
+from swarmchain.metrics import compute_auroc, compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.protocol import Outcome
 from swarmchain.scoreboard import format_row, write_figure
-from swarmchain.spec import Gate, Limits, Model, Training
+from swarmchain.shares import apply_shares, compute_drawn, count_own
+from swarmchain.spec import Gate, Limits, Model, Normalization, RowModel, Training
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,9 @@ def test_command_reports_every_arm(tmp_path: Path) -> None:
     for entry in found["differences"].values():
         assert entry["low"] <= entry["high"]
     assert len(set(found["checkpoints"])) == 2
-    assert len(format_row(found)) == 7
+    assert len(format_row(found)) == 6
+    for entry in found["home"].values():
+        assert 0 <= entry["swarm_own_shares"] <= 1 and 0 <= entry["swarm_trained_on"] <= 1
 
 
 def test_same_settings_give_the_same_figures_and_central_may_take_all_steps(tmp_path: Path) -> None:
@@ -249,3 +255,110 @@ def test_run_that_every_gate_refuses_has_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="ended without a checkpoint"):
         room.play(room.propose(wild), watch=seen.append)
     assert [(r.outcome, r.checkpoint) for r in seen[3:]] == [(Outcome.REJECTED, "")] * 2
+
+
+def write_rows(folder: Path, *, controls_only: bool = False) -> tuple[Path, Path]:
+    """One row for each of 90 donors at three sites, three folds; a case's first features are larger."""
+    generator = np.random.default_rng(0)
+    is_case = np.arange(90) % 3 == 0
+    site = np.array([f"site{n % 2}" if n < 60 else "site2" for n in range(90)])
+    if controls_only:
+        is_case &= site != "site2"
+    x = generator.normal(size=(90, 8)) + 1.5 * is_case[:, None] * (np.arange(8) < 4)
+    obs = pd.DataFrame({"diagnosis": np.where(is_case, "ill", "well"), "person": [f"p{n}" for n in range(90)]},
+                       index=[f"r{n}" for n in range(90)])
+    folder.mkdir()
+    anndata.AnnData(x.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"f{i}" for i in range(8)])).write_h5ad(
+        folder / "rows.h5ad")
+    table = pd.DataFrame({"cell": obs.index, "site": site, "fold": generator.permutation(90) % 3})
+    table.to_csv(folder / "splits.csv", index=False)
+    return folder / "rows.h5ad", folder / "splits.csv"
+
+
+def test_command_benchmarks_donors_over_folds(tmp_path: Path) -> None:
+    data, table = write_rows(tmp_path / "in", controls_only=True)
+    words = ["benchmark", "--task", "donor", "--data", str(data), "--splits", str(table), "--label-column", "diagnosis",
+             "--donor-column", "person", "--normalization", "none", "--state", "none", "--labels-min", "1",
+             "--rounds", "4", "--steps", "5", "--seeds", "2", "--set", "training.lr=0.03", "--resamples", "100",
+             "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert set(found["arms"]) == {"swarm", "central", "linear", "local_mean", "local_worst",
+                                  "local/site0", "local/site1"}
+    assert (found["metric"], found["folds"], len(found["checkpoints"])) == ("auroc", 3, 6)
+    assert sum(found["support"].values()) == 90
+    for name, arm in found["arms"].items():
+        assert arm["auroc"] == pytest.approx(np.mean(arm["seeds_auroc"]))
+        assert arm["macro_f1"] == pytest.approx(np.mean(arm["seeds"]))
+        assert set(arm["per_class"]) == {"ill", "well"}
+        assert found["intervals"][name]["value"] == pytest.approx(arm["macro_f1"])
+        assert found["auroc"]["intervals"][name]["value"] == pytest.approx(arm["auroc"])
+    assert found["arms"]["swarm"]["auroc"] > 0.9
+    assert len(format_row(found, metric="auroc")) == 6
+
+
+def settings_of_donors(data: Path, table: Path, **changes: Any) -> Settings:
+    settings: dict[str, Any] = {
+        "data": data, "splits": table, "task": "donor", "label_column": "diagnosis", "donor_column": "person",
+        "state": "none", "normalization": Normalization(kind="none"), "rounds": 2, "seeds": 1, "resamples": 100,
+        "donor": {"model": RowModel(hidden=())}, "training": Training(steps=3)}
+    return Settings(**{**settings, **changes})
+
+
+def test_folds_may_be_scored_together(tmp_path: Path) -> None:
+    data, table = write_rows(tmp_path / "in")
+    found = run_donor_benchmark(settings_of_donors(data, table, pools_folds=True))
+    assert found["pools_folds"] and len(found["arms"]["swarm"]["seeds"]) == 1
+    assert set(found["arms"]) >= {"local/site0", "local/site1", "local/site2"}
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"donor_column": None}, "needs a column that tells whose"),
+    ({"leaves_one_out": True}, "is for the task cell_type"),
+])
+def test_invalid_donor_benchmark(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    data, table = write_rows(tmp_path / "in")
+    with pytest.raises(ConfigError, match=words):
+        run_donor_benchmark(settings_of_donors(data, table, **changes))
+
+
+def test_invalid_single_fold(tmp_path: Path) -> None:
+    data, table = write_rows(tmp_path / "in")
+    pd.read_csv(table).assign(fold=0).to_csv(table, index=False)
+    with pytest.raises(DataError, match="the column fold holds '0' alone"):
+        run_donor_benchmark(settings_of_donors(data, table))
+
+
+def test_resampled_auroc_agrees_with_drawing_samples_one_by_one() -> None:
+    generator = np.random.default_rng(0)
+    truth = (np.arange(80) < 25).astype(np.int64)
+    good, poor = (np.round(truth * gap + generator.normal(size=80), 1) for gap in (2.0, 0.5))
+    found = resample_auroc(truth, [good, poor], resamples=1_000, seed=1)
+    assert found.plain == pytest.approx([compute_auroc(truth, good), compute_auroc(truth, poor)])
+    drawn = []
+    for _ in range(1_000):
+        rows = np.concatenate([generator.choice(np.flatnonzero(truth == c), int((truth == c).sum())) for c in (0, 1)])
+        drawn.append(compute_auroc(truth[rows], good[rows]) - compute_auroc(truth[rows], poor[rows]))
+    interval = found.interval([0], [1])
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.03)
+    assert np.isnan(resample_auroc(truth[:20], [good[:20]], resamples=5, seed=0).plain).all()
+
+
+def test_weighted_draws_are_those_of_numpy() -> None:
+    weights = np.random.default_rng(0).random(50)
+    weights /= weights.sum()
+    expected = np.random.default_rng(1).choice(50, size=(7, 9), p=weights)
+    assert (draw_weighted(np.random.default_rng(1), sum_weights(weights), (7, 9)) == expected).all()
+
+
+def test_own_shares_move_calls_as_bayes_says() -> None:
+    spec: Any = SimpleNamespace(training=Training(class_balance="inverse_sqrt"))
+    drawn = compute_drawn(np.array([900, 100]), spec)
+    assert drawn == pytest.approx([0.75, 0.25])
+    own = count_own(np.array([0] * 8 + [1] * 88), 2)
+    assert own == pytest.approx([9 / 98, 89 / 98])
+    found = apply_shares(np.array([[0.75, 0.25]], np.float32), own, drawn)
+    assert found[0] == pytest.approx(own)  # cells that tell nothing are called as the shares say
+    assert apply_shares(np.array([[0.2, 0.8]], np.float32), drawn, drawn)[0] == pytest.approx([0.2, 0.8])

@@ -219,7 +219,7 @@ class SealedPlay(Play):
         pair = self.store.put_blob(bytes(made.checkpoint)), self.store.put_public(made.manifest_bytes)
         for signer in self.world.signers[:2]:
             self.world.contract.vote(signer, (self.run, round_id), *pair, accept=True, score_bps=5000)
-        self.parent = (pair[0], made.tensors)
+        self.parent, self.previous = (pair[0], made.tensors), (pair[1], made.manifest)
 
 
 @pytest.fixture

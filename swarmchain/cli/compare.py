@@ -28,12 +28,15 @@ SCORES = {"macro_f1": "macro-F1", "auroc": "AUROC"}
 @click.argument("number", type=click.IntRange(min=1))
 @site_option
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for a picture of F1 per class.")
+@click.option("--local-rounds", type=click.IntRange(min=1), default=20, show_default=True,
+              help="How many the swarm's model is trained on, on this site's cells alone, for the last line.")
 @json_option
-def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> None:
+def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int, as_json: bool) -> None:
     """Home against swarm: say whether this site gains by a run, on its own validation cells or donors.
 
-    Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Nothing leaves
-    the site, and nothing is signed.
+    Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Beside them the
+    swarm's model, told this site's own shares of the classes, and the same trained on here. Nothing leaves the site,
+    and nothing is signed.
     """
     from swarmchain.comparing import compare_site
     from swarmchain.evaluating import read_trained
@@ -45,7 +48,7 @@ def compare(number: int, site_file: Path, plots: Path | None, as_json: bool) -> 
     view = contract.view_run(number)
     spec = read_trained(store, view)
     site = contract.get_site_index(read_address(config.resolve(config.keys.keystore)))
-    found = compare_site(config, store, view, spec, site=site)
+    found = compare_site(config, store, view, spec, site=site, rounds=local_rounds)
     if plots is not None:
         from swarmchain.plots import plot_f1
 
@@ -72,6 +75,11 @@ def _print(found: Comparison) -> None:
     drawn = "cells" if found.unit == "cells" else "donors, each with all its samples"
     click.echo(f"95 % of the differences in {SCORES[found.score]} lie in {found.low:+.3f} to {found.high:+.3f} "
                f"(bootstrap over the {drawn})")
+    for name, variant in found.variants.items():
+        how = {"own_shares": "told this site's own shares of the classes",
+               "trained_on": f"trained {found.trained_on_rounds} rounds more on this site's cells"}[name]
+        click.echo(f"the swarm's model, {how}: {variant.macro_f1:.3f}, gain {variant.macro_f1 - found.home:+.3f} "
+                   f"({variant.low:+.3f} to {variant.high:+.3f})")
     words = {
         "gains": f"{found.site} gains: the swarm's model calls its {found.unit} better than one of its own.",
         "loses": f"{found.site} loses: a model of its own calls its {found.unit} better than the swarm's.",
