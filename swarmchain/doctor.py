@@ -24,10 +24,11 @@ from swarmchain.duties import is_over
 from swarmchain.errors import ChainUnreachable, SwarmError, Unreachable
 from swarmchain.fitness import Desk, Finding, describe_size, examine_run, find_free_disk
 from swarmchain.journal import Journal
-from swarmchain.keys import PASSWORD_VARIABLE, Signer, read_address
+from swarmchain.keys import PASSWORD_VARIABLE, SealKey, Signer, read_address
 from swarmchain.node import Node
 from swarmchain.profiles import choose_profile
 from swarmchain.protocol import Change
+from swarmchain.sealed import SealedStore
 from swarmchain.site import open_contract
 from swarmchain.store import Store, open_store, read_spec
 
@@ -45,6 +46,8 @@ class Visit:
     unlock: Callable[[SiteConfig], Signer]
     now: Callable[[], float]
     run: int | None
+    unlock_seal: Callable[[SiteConfig], SealKey | None]
+    seal_key: SealKey | None = None
     config: SiteConfig = field(init=False)
     contract: SwarmContract = field(init=False)
     store: Store = field(init=False)
@@ -53,19 +56,20 @@ class Visit:
 
 
 def examine_site(site_file: Path, *, unlock: Callable[[SiteConfig], Signer], run: int | None = None,
+                 unlock_seal: Callable[[SiteConfig], SealKey | None] = lambda config: None,
                  now: Callable[[], float] = time.time) -> Iterator[Finding]:
     """Every check in its order, each as soon as it is known.
 
     Parameters
     ----------
     unlock
-        Opens the keystore; may ask for the password.
+        Opens the keystore; may ask for the password. `unlock_seal` opens the seal key, if the site has one.
     run
         The run that the site is examined for; by default all that it has joined and that are not over.
     now
         Seconds since 1970 by this machine.
     """
-    visit = Visit(site_file, unlock, now, run)
+    visit = Visit(site_file, unlock, now, run, unlock_seal)
     for name, check, needs in CHECKS:
         if missing := [need for need in needs if need not in visit.done]:
             yield Finding(name, "skipped", f"not looked at: {missing[0]} comes first")
@@ -113,6 +117,16 @@ def check_key(visit: Visit) -> Iterator[Finding]:
     """The keystore opens with the password, and is nobody else's to read."""
     signer = visit.unlock(visit.config)
     yield Finding("key", "ok", f"opens; signs as {signer.address}")
+
+
+def check_seal_key(visit: Visit) -> Iterator[Finding]:
+    """The seal key opens with the same password, and is nobody else's to read."""
+    named = visit.config.keys.seal_key
+    if named is None:
+        yield Finding("seal key", "ok", "none: what this site writes lies in the clear, sealed runs are closed to it")
+        return
+    visit.seal_key = visit.unlock_seal(visit.config)
+    yield _require_private(visit.config.resolve(named), "seal key")
 
 
 def check_password(visit: Visit) -> Iterator[Finding]:
@@ -297,6 +311,9 @@ def check_runs(visit: Visit) -> Iterator[Finding]:
     """Data, memory, disk and time against the law of each run that matters."""
     contract = visit.contract
     numbers = [visit.run] if visit.run is not None else range(1, contract.get_run_count() + 1)
+    # to no members: the doctor reads what is sealed to the site, and puts no box right
+    key, store = visit.seal_key, visit.store
+    store = store if key is None else SealedStore(store, key, context="", members=tuple)
     seen = 0
     for number in numbers:
         view = contract.view_run(number)
@@ -308,7 +325,7 @@ def check_runs(visit: Visit) -> Iterator[Finding]:
             if visit.run is None and is_over(view, spec.limits):
                 continue
             seen += 1
-            yield from examine_run(Desk(visit.config, visit.site, visit.store, contract.view_run), view, spec)
+            yield from examine_run(Desk(visit.config, visit.site, store, contract.view_run), view, spec)
         except SwarmError as exc:
             yield fail(name, exc)
     if not seen:
@@ -320,6 +337,7 @@ CHECKS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("settings", check_settings, ()),
     ("password", check_password, ("settings",)),
     ("key", check_key, ("settings",)),
+    ("seal key", check_seal_key, ("settings",)),
     ("deployment", check_deployment, ("settings",)),
     ("nodes", check_nodes, ("settings",)),
     ("contract", check_contract, ("deployment", "nodes")),

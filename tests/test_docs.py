@@ -152,6 +152,9 @@ def test_guide_runs_as_written(anvil: Devchain, tmp_path: Path) -> None:
         codes = [agent.wait(20) for agent in agents]
     assert codes == [0, 0, 0]
     assert len(ends) == 1
+    # the run is sealed: its members' own commands open it
+    run_guide("swarmchain site doctor --site north/site.toml --run 2", tmp_path, env)
+    run_guide("swarmchain run verify 2 --site east/site.toml", tmp_path, env)
     digest = compute_digest((tmp_path / "model" / "model.safetensors").read_bytes())
     assert digest in said
     assert digest == ends.pop()

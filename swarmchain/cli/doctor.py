@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import example, json_option, print_json, site_option, unlock
+from swarmchain.cli.common import (
+    ask_password,
+    example,
+    json_option,
+    print_json,
+    site_option,
+    unlock_keystore,
+    unlock_seal_key,
+)
+from swarmchain.config import SiteConfig
+from swarmchain.keys import SealKey, Signer, find_password
 
 MARKS = {"ok": "✓", "failed": "✗", "warning": "!", "skipped": "–"}
 
@@ -25,8 +35,18 @@ def doctor(site_file: Path, run: int | None, as_json: bool) -> int:
     """
     from swarmchain.doctor import compute_exit_code, examine_site
 
+    asked: list[str] = []
+
+    def unlock(config: SiteConfig) -> Signer:
+        path = config.resolve(config.keys.keystore)
+        asked.append(ask_password(path, find_password(config)))
+        return unlock_keystore(path, asked[0])
+
+    def unlock_seal(config: SiteConfig) -> SealKey | None:
+        return unlock_seal_key(config, asked[0] if asked else None)
+
     findings = []
-    for found in examine_site(site_file, unlock=unlock, run=run):
+    for found in examine_site(site_file, unlock=unlock, unlock_seal=unlock_seal, run=run):
         findings.append(found)
         if not as_json:
             remedy = f" → {found.remedy}" if found.remedy else ""
