@@ -3,13 +3,13 @@
     SWARMCHAIN_DATA=DIR python bench/attacks.py [--rounds 60] [--methods …] [--data …] [--json] [--write]
     SWARMCHAIN_DATA=DIR python bench/attacks.py --each [--data …] [--json] [--write]
 
-The swarm's own training, statistics, ratings and certificates, without chain and store. Macro-F1 on the held-out cells of the five PBMC
-studies (`pbmc_multistudy`) and of mass cytometry dealt with label skew (`cytof_multicenter_small`, deal 0), after
-`--rounds` rounds of 20 steps. `honest` is the method with all five sites honest; under an attack the table says what it
-costs, against the same method with the honest sites alone (a site that is found out is a site less, and nothing more).
-Hostile are the last one or two sites by name; with `--each`, for the default method alone, every site in turn. A hostile
-site also lies in its ratings: all honest sites harm it, as much as can be said, and its fellows do not. A method
-with `+ trust` weighs ratings, the others do not (`"trust": null` in the spec). Attacks:
+The swarm's own training, statistics, ratings and certificates, without chain and store. Macro-F1 on the held-out cells
+of the five PBMC studies (`pbmc_multistudy`) and of mass cytometry dealt with label skew (`cytof_multicenter_small`,
+deal 0), after `--rounds` rounds of 20 steps. `honest` is the method with all five sites honest; under an attack the
+table says what it costs, against the same method with the honest sites alone (a site that is found out is a site less,
+and nothing more). Hostile are the last one or two sites by name; with `--each`, for the default method alone, every
+site in turn. A hostile site also lies in its ratings: all honest sites harm it, as much as can be said, and its fellows
+do not. A method with `+ trust` weighs ratings, the others do not (`"trust": null` in the spec). Attacks:
 
 scale       the site's honest delta × 1000
 sign        the site's honest delta × -1

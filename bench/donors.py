@@ -3,8 +3,9 @@
     SWARMCHAIN_DATA=DIR python bench/donors.py [--tasks aml-skew aml-even kang] [--seeds 3] [--json]
 
 The swarm's own statistics, training and merge, without chain and store (tests/test_donor.py holds both to the same
-bytes). `aml`: one row per subject, five folds, the cases dealt evenly or skewed; scores are means over the folds. `kang`: bags of cells, four folds that hold out two donors
-each, three sites with two donors; the sixteen samples' probabilities of all folds are scored together.
+bytes). `aml`: one row per subject, five folds, the cases dealt evenly or skewed; scores are means over the folds.
+`kang`: bags of cells, four folds that hold out two donors each, three sites with two donors; the sixteen samples'
+probabilities of all folds are scored together.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ def make_settings(task: str, model: str, seed: int) -> dict[str, Any]:
     else:
         training, rounds = Training(seed=seed, steps=10, batch_size=32, weight_decay=1e-3), 40
     return {"model": MODELS[model], "training": training, "limits": Limits(rounds=rounds, sites_to_start=2),
-            "labels_min": 1, "bag_size": 32, "sites_per_feature_min": 2, "merge": parse_merge({"method": "clipped_mean"})}
+            "labels_min": 1, "bag_size": 32, "sites_per_feature_min": 2,
+            "merge": parse_merge({"method": "clipped_mean"})}
 
 
 def prepare(dealt: Dealt, normalization: Normalization, settings: dict[str, Any]) -> tuple[Any, ...]:
-    """What the statistics run and the start of the training run do: spec, seed, sites' data, counts, settings to read."""
+    """What the statistics run and the start of the training run do: spec, seed, data, counts, settings to read."""
     config = DataConfig(path="", label_column=dealt.label_column, donor_column=dealt.donor_column,
                         sample_column=dealt.sample_column, state="none" if normalization.kind == "none" else "auto")
     found = {site: read_cells(path, config, normalization) for site, path in dealt.files.items()}

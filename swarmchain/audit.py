@@ -191,6 +191,7 @@ class _Replay:
             self.sound.add(self.run.spec)
             if isinstance(self.spec, TrainedSpec | CustomSpec):
                 self.named[self.spec.seed_checkpoint] = "the seed checkpoint"
+                self.parent = (self.spec.seed_checkpoint, {})
                 seed = read_checkpoint(self.store, self.spec.seed_checkpoint, self.spec)
                 self.sound.add(self.spec.seed_checkpoint)
                 self.parent = (self.spec.seed_checkpoint, seed)

@@ -9,10 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
 import torch
 from torch import nn
 
 from swarmchain.spec import DeepSets, GatedAttention, SetModel
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 def _stack(widths: Sequence[int]) -> nn.ModuleList:
@@ -30,8 +36,13 @@ class Attention(nn.Module):
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
         """Attention weights [B, K] of encoded cells."""
+        return torch.softmax(self.weigh(cells), dim=-1)
+
+    def weigh(self, cells: torch.Tensor) -> torch.Tensor:
+        """What the softmax is taken of, [B, K]."""
         gated = torch.tanh(self.content(cells)) * torch.sigmoid(self.gate(cells))  # [B, K, A]
-        return torch.softmax(self.score(gated).squeeze(-1), dim=-1)
+        scores: torch.Tensor = self.score(gated).squeeze(-1)
+        return scores
 
 
 class SetNetwork(nn.Module):
@@ -41,6 +52,7 @@ class SetNetwork(nn.Module):
         super().__init__()
         encoder = settings.encoder if isinstance(settings, DeepSets | GatedAttention) else ()
         width = encoder[-1] if encoder else features
+        self.width = width  # E
         self.encoder = _stack((features, *encoder))
         self.attention = Attention(width, settings.attention) if isinstance(settings, GatedAttention) else None
         self.layers = _stack((width, *settings.hidden, labels))
@@ -59,9 +71,63 @@ class SetNetwork(nn.Module):
             pooled = cells.mean(dim=1)
         else:
             pooled = (self.attention(cells).unsqueeze(-1) * cells).sum(dim=1)  # [B, E]
+        return self.call(pooled)
+
+    def call(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] of pooled bags [B, E]."""
         for layer in self.layers[:-1]:
             pooled = self.dropout(torch.relu(layer(pooled)))
         logits: torch.Tensor = self.layers[-1](pooled)
         return logits
 
 
+class Pooling:
+    """Bags pooled a batch of cells at a time, in whatever order cells come: it holds one row for each bag.
+
+    The softmax of attention is taken as it goes: sums are relative to the largest score so far (Milakov & Gimelshein
+    2018, algorithm 3). Sums are float64, so that the order of the cells hardly matters.
+
+    Parameters
+    ----------
+    network
+        Loaded, in evaluation mode.
+    bags
+        How many there are.
+    """
+
+    def __init__(self, network: SetNetwork, bags: int) -> None:
+        self._network, self._bags = network, bags
+        self._top: Floats = np.full(bags, -np.inf)
+        self._norm: Floats = np.zeros(bags)
+        self._sum: Floats = np.zeros((bags, network.width))
+
+    def add(self, cells: npt.NDArray[np.float32], bag: Ints) -> Floats:
+        """Take standardised cells [N, F] and the bag of each; returns their scores [N], 0 without attention."""
+        with torch.inference_mode():
+            encoded = self._network.encode(torch.from_numpy(cells)[None])
+            attention = self._network.attention
+            scores: Floats = np.zeros(len(cells)) if attention is None else \
+                attention.weigh(encoded)[0].double().numpy()
+            rows: Floats = encoded[0].double().numpy()
+        top = self._top.copy()
+        np.maximum.at(top, bag, scores)
+        shrink = np.exp(np.where(np.isinf(self._top), 0.0, self._top - np.where(np.isinf(top), 0.0, top)))
+        shares = np.exp(scores - top[bag])
+        self._norm = self._norm * shrink + np.bincount(bag, shares, minlength=self._bags)
+        into = sp.csr_matrix((shares, (bag, np.arange(len(bag)))), shape=(self._bags, len(bag)))
+        self._sum = self._sum * shrink[:, None] + into @ rows
+        self._top = top
+        return scores
+
+    def compute_logits(self) -> npt.NDArray[np.float32]:
+        """Logits [bags, C] of all that was added; NaN for a bag without cells."""
+        with np.errstate(invalid="ignore"):
+            pooled = (self._sum / self._norm[:, None]).astype(np.float32)
+        with torch.inference_mode():
+            logits: npt.NDArray[np.float32] = self._network.call(torch.from_numpy(pooled)).numpy()
+        return logits
+
+    def compute_attention(self, scores: Floats, bag: Ints) -> npt.NDArray[np.float32]:
+        """Weights [N] of cells, from the scores that `add` gave: they sum to 1 over each bag."""
+        weights: npt.NDArray[np.float32] = (np.exp(scores - self._top[bag]) / self._norm[bag]).astype(np.float32)
+        return weights

@@ -18,7 +18,7 @@ from swarmchain.examples import BagSet, TrainingSet, prepare_training
 from swarmchain.metrics import compute_auroc, summarize_f1
 from swarmchain.model import load_model
 from swarmchain.selection import SiteData, select_cells
-from swarmchain.spec import DonorSpec, Minimums
+from swarmchain.spec import DonorSpec, Minimums, TrainedSpec
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -36,7 +36,7 @@ def load_test(files: Mapping[str, Path], config: DataConfig, seed: Arrays, spec:
     return prepare_training(everything, spec, seed, np.ones(len(spec.labels)))
 
 
-def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: DonorSpec) -> Floats:
+def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: TrainedSpec) -> Floats:
     """Class probabilities of all samples in `examples.validation`, [samples, labels]."""
     model = load_model(spec, parameters)
     return examples.predict(model, examples.validation)

@@ -1,10 +1,10 @@
 """A swarm against the alternatives, on fixed splits: what sharing the training is worth, and how sure that is.
 
-Arms, all scored on the same held-out cells: `swarm`; `central`, all training cells in one place; every site alone,
-with the mean and the worst of them; `linear`, a multinomial logistic regression on the pooled cells. All networks are trained
-with the swarm's own code, from the same seed checkpoint, and stand on the same statistics. A local arm takes rounds ×
-steps, as each site of the swarm does; the central arm takes as many, or, with `central_steps="sum"`, as many as all
-sites take together.
+Arms, all scored on the same held-out cells: `swarm`; `central`, all training cells in one place; every site alone, with
+the mean and the worst of them; `linear`, a multinomial logistic regression on the pooled cells. All networks are
+trained with the swarm's own code, from the same seed checkpoint, and stand on the same statistics. A local arm takes
+rounds × steps, as each site of the swarm does; the central arm takes as many, or, with `central_steps="sum"`, as many
+as all sites take together.
 
 The swarm is played in one process (`inprocess`) or by agents as processes on a chain of their own (`consortium`): the
 same checkpoint, bit for bit.
@@ -76,13 +76,13 @@ class Settings:
     donor_column: str | None = None
     sample_column: str | None = None
     state: State = "auto"
-    normalization: Normalization = Normalization()
-    minimums: Minimums = Minimums()
+    normalization: Normalization = field(default_factory=Normalization)
+    minimums: Minimums = field(default_factory=Minimums)
     sites_per_feature_min: int = 1
     panel_share_min: float = 0.3
     rounds: int = 100
-    model: Model = Model()
-    training: Training = Training()
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
     merge: Merge | None = None
     donor: Mapping[str, Any] = field(default_factory=dict)
     pools_folds: bool = False

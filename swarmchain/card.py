@@ -24,7 +24,7 @@ from swarmchain.checkpoint import decode_tensors
 from swarmchain.errors import CheckpointError, ConfigError
 from swarmchain.layouts import checkpoint_layout, local_layout
 from swarmchain.protocol import Digest, Strict, compute_digest, first_problem
-from swarmchain.spec import CellTypeSpec, RunRef, parse_spec
+from swarmchain.spec import RunRef, TrainedSpec, parse_spec
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -51,7 +51,10 @@ class Provenance(Strict):
 
 
 class SiteRow(Strict):
-    """One site's part in the run: finalized rounds that counted it, its mean weight in those, and claimed cells."""
+    """One site's part in the run: finalized rounds that counted it, its mean weight in those, and claimed cells.
+
+    In a run on donors `cells_train` counts what it trained on, samples.
+    """
 
     site: Count
     name: str
@@ -61,7 +64,7 @@ class SiteRow(Strict):
 
 
 class RoundRow(Strict):
-    """One round; sites by name. Scores are macro-F1 on each site's own validation cells, as voted."""
+    """One round; sites by name. Scores are macro-F1, or what the spec says, on own validation cells, as voted."""
 
     round: Annotated[int, Field(ge=1)]
     outcome: Literal["finalized", "rejected", "expired", "pending"]
@@ -90,7 +93,10 @@ class BarRow(Strict):
 
 
 class Evaluated(Strict):
-    """What an evaluation run found; see `calibration.Calibration`. `confusion` is label (row) by call (column)."""
+    """What an evaluation run found; see `calibration.Calibration`. `confusion` is label (row) by call (column).
+
+    Where the model calls donors, all that is said of cells here (`cells`, supports, bars) is of samples.
+    """
 
     source: RunRef
     sites: tuple[str, ...]
@@ -115,7 +121,7 @@ class ModelCard(Strict):
 
     format: Literal["swarmchain-model/1"] = "swarmchain-model/1"
     name: str
-    task: Literal["cell_type"]
+    task: Literal["cell_type", "donor"]
     version: str
     provenance: Provenance
     files: dict[str, Digest]
@@ -130,7 +136,7 @@ class ModelFolder:
 
     path: Path
     card: ModelCard
-    spec: CellTypeSpec
+    spec: TrainedSpec
     tensors: Arrays
 
     @property
@@ -162,7 +168,7 @@ def read_model_folder(folder: Path) -> ModelFolder:
     if (card.files[WEIGHTS], card.files[SPEC]) != record:
         raise ConfigError(f"{folder / CARD}: the files are not those of the run that it names", hint=_HINT)
     spec = parse_spec(blobs[SPEC])
-    if not isinstance(spec, CellTypeSpec) or spec.task != card.task:
+    if not isinstance(spec, TrainedSpec) or spec.task != card.task:
         raise ConfigError(f"{folder / SPEC} is not the spec of a {card.task} run", hint=_HINT)
     if card.evaluation is not None and tuple(row.label for row in card.evaluation.per_class) != spec.labels:
         raise ConfigError(f"{folder / CARD}: evaluation: its labels are not the spec's", hint=_HINT)
@@ -199,7 +205,7 @@ def _read_named(folder: Path, name: str, digest: str) -> bytes:
     return data
 
 
-def _read_tensors(folder: Path, spec: CellTypeSpec, blobs: Mapping[str, bytes]) -> Arrays:
+def _read_tensors(folder: Path, spec: TrainedSpec, blobs: Mapping[str, bytes]) -> Arrays:
     try:
         tensors = decode_tensors(blobs[WEIGHTS], checkpoint_layout(spec))
         layout = local_layout(spec)

@@ -146,7 +146,8 @@ def deal_splits(
         donor is on both sides.
     """
     if not source.exists():
-        raise DataError(f"--data: {source} does not exist", hint="a folder with one .h5ad per site, or one .h5ad of all")
+        raise DataError(f"--data: {source} does not exist",
+                        hint="a folder with one .h5ad per site, or one .h5ad of all")
     is_folder = source.is_dir()
     table = _read_splits(splits, ("site", "cell", "split") if is_folder else ("cell", "split"), fold=fold)
     parts = _read_folder(source, table, splits) if is_folder else _read_file(source, table, splits, site_column)

@@ -28,9 +28,10 @@ KANG_SITES = 3
 def deal_aml(folder: Path, root: Path, fold: int, *, skew: bool = True) -> Dealt:
     """FlowCAP-II (Aghaeepour et al. 2013): one row of 378 population proportions per subject, 43 of 359 with AML.
 
-    A row is a subject; X is the square root of each population's share of all events, which steadies the variance of counts. The subjects of `fold` (0 to
-    4) are held out; the others lie at five sites, evenly or, with `skew`, the cases 60/25/10/3/2 %: then a site may
-    be left with controls only, and the run's spec must allow that (`labels_min` = 1).
+    A row is a subject; X is the square root of each population's share of all events, which steadies the variance of
+    counts. The subjects of `fold` (0 to 4) are held out; the others lie at five sites, evenly or, with `skew`, the
+    cases 60/25/10/3/2 %: then a site may be left with controls only, and the run's spec must allow that (`labels_min`
+    = 1).
 
     Raises
     ------

@@ -13,7 +13,7 @@ from typing import Any
 
 from swarmchain.layouts import contribution_layout, local_layout, parameter_layout
 from swarmchain.protocol import BPS, Terms
-from swarmchain.spec import EvaluationSpec, Model, Spec, StatisticsSpec
+from swarmchain.spec import CellTypeSpec, DonorSpec, EvaluationSpec, Model, RowModel, Spec, StatisticsSpec
 
 TASKS = {
     "statistics": "sums over all sites' training cells, for standardisation and class balance; nothing is trained",
@@ -43,19 +43,23 @@ def describe_spec(spec: Spec) -> list[Line]:
 def describe_leaving(spec: Spec) -> str:
     """What a site that joins sends to the shared store and to the chain."""
     if isinstance(spec, StatisticsSpec):
+        samples = ", samples" if spec.split_by == "donor" else ""
         return ("per feature: its number of training cells, their sums and sums of squares; per label: the numbers of "
-                "its training cells, donors and sites. No cell, no cell's name")
+                f"its training cells, donors{samples} and sites. No cell, no cell's name")
     if isinstance(spec, EvaluationSpec):
-        return ("numbers of validation cells by label and call, and of right and wrong calls by confidence; sums of "
-                "log-likelihoods. No cell, no cell's name")
+        return ("numbers of validation cells (of a model of donors: samples) by label and call, and of right "
+                "and wrong calls by confidence; sums of log-likelihoods. No cell, no cell's name")
     numbers = sum(math.prod(shape) for _, shape in contribution_layout(spec).values())
     if spec.task == "rehearsal":
         return f"{numbers:,} random numbers a round"
     kept = sum(math.prod(shape) for _, shape in local_layout(spec).values())
     parameters = sum(math.prod(shape) for _, shape in parameter_layout(spec).values())
     stays = f"; {kept:,} numbers of the network stay here" if kept else ""
+    counted = "samples" if isinstance(spec, DonorSpec) else "cells"
+    is_rated = isinstance(spec, CellTypeSpec | DonorSpec) and spec.merge.trust is not None
+    ratings = f", what each other site's last contribution does to the loss on its validation {counted}" * is_rated
     return (f"a round: changes of the network's {parameters:,} parameters ({spec.codec}), the number of training "
-            f"cells, and this site's score on its validation cells. No cell, no cell's name{stays}")
+            f"{counted}, this site's score on its validation {counted}{ratings}. No cell, no cell's name{stays}")
 
 
 def describe_terms(terms: Terms, *, proposer: str) -> list[Line]:
@@ -118,6 +122,17 @@ def _describe_labels(labels: Sequence[str]) -> Line:
     return "labels", f"{len(labels)}: {_join(labels)}"
 
 
+def _describe_ontology(ontology: Mapping[str, Any]) -> Line:
+    words = [f"{label}{f' is {term.id}' * (term.id is not None)}{f' (of {term.parent})' * (term.parent is not None)}"
+             for label, term in ontology.items()]
+    return "ontology", f"{len(words)} terms: {_join(words)}" if words else "none: labels are compared by name alone"
+
+
+def _describe_split(split_by: str) -> Line:
+    return "split by", ("donor: all samples of a donor are for training, or none" if split_by == "donor"
+                        else "cell: the validation cells are drawn from each label's")
+
+
 def _describe_normalization(settings: Any) -> Line:
     words = {"log1p": f"log1p of counts scaled to {settings.target_sum:,.0f} per cell",
              "arcsinh": f"arcsinh of X / {settings.cofactor:g}", "none": "X as it is",
@@ -136,7 +151,8 @@ def _describe_model(model: Any) -> Line:
     if not isinstance(model, Model):
         return "model", _show(model.model_dump(mode="json"))
     hidden = " × ".join(map(str, model.hidden)) or "no"
-    extras = [f"dropout {model.dropout:g}"] * bool(model.dropout) + ["batch normalisation"] * model.batch_norm
+    extras = ["one row for each sample"] * isinstance(model, RowModel)
+    extras += [f"dropout {model.dropout:g}"] * bool(model.dropout) + ["batch normalisation"] * model.batch_norm
     extras += ["told which features a site has"] * model.mask
     extras += [f"{_join(model.local)} stay at each site"] * bool(model.local)
     return "model", "; ".join([f"a perceptron, hidden layers {hidden}", *extras])
@@ -154,15 +170,22 @@ def _describe_training(training: Any) -> Line:
 
 def _describe_merge(merge: Any) -> Line:
     own = {k: v for k, v in merge.model_dump(mode="json").items()
-           if k not in ("method", "weighting", "weight_max", "outer")}
+           if k not in ("method", "weighting", "weight_max", "outer", "trust")}
     settings = "".join(f", {key} {_show(value)}" for key, value in own.items())
     outer = "" if merge.outer.kind == "none" and merge.outer.lr == 1 else f"; then {_show(merge.outer.model_dump())}"
     return "merge", (f"{merge.method}{settings}; shares by {merge.weighting.replace('_', ' ')}, none above "
-                     f"{merge.weight_max:.0%}{outer}")
+                     f"{merge.weight_max:.0%}{outer}; {_describe_trust(merge.trust)}")
+
+
+def _describe_trust(trust: Any) -> str:
+    if trust is None:
+        return "whoever contributes has a share, whatever it does to the others"
+    settings = ", ".join(f"{key} {_show(value)}" for key, value in trust.model_dump(mode="json").items())
+    return f"a site that most of the others find harmful on their validation cells has no share ({settings})"
 
 
 def _describe_gate(gate: Any) -> Line:
-    return "gate", (f"this site refuses a checkpoint whose macro-F1 on its own validation cells falls by more than "
+    return "gate", (f"this site refuses a checkpoint whose score on its own validation cells falls by more than "
                     f"{gate.score_drop_max:g}")
 
 
@@ -186,7 +209,19 @@ FIELDS: dict[str, Callable[[Any], Line]] = {
     "gate": _describe_gate, "statistics": _describe_statistics, "minimums": _describe_minimums,
     "tensors": _describe_tensors,
     "trained": lambda ref: ("evaluates", f"the model of run {ref.run} (checkpoint {ref.checkpoint[:12]}…)"),
-    "validation_share": lambda share: ("validation", f"{share:.0%} of each label's cells: never trained on"),
+    "validation_share": lambda share: ("validation", f"{share:.0%} are never trained on"),
+    "ontology": _describe_ontology, "split_by": _describe_split,
+    "bag_size": lambda cells: ("bags", f"a network of bags draws {cells:,} cells of a sample at each step"),
+    "labels_min": lambda labels: ("labels here", f"a site needs training samples of {labels} labels or more"),
+    "score": lambda score: ("score", {"macro_f1": "macro-F1", "auroc": "area under the ROC curve"}[score]),
+    "temperatures": lambda tried: ("temperatures", f"{len(tried)} are tried, {tried[0]:g} to {tried[-1]:g}"),
+    "bins": lambda bins: ("confidences", f"counted in {bins} bins of equal width"),
+    "cells_min": lambda cells: ("minimums", f"a site needs {cells:,} validation cells"),
+    "right_share_min": lambda share: (
+        "unknown", f"calls below the confidence from which on {share:.0%} were right are to count as unknown"),
+    "local": lambda names: ("stays here", f"tensors that begin with {_join(names)}" if names else "no tensor"),
+    "settings": lambda found: ("settings", _join([f"{k} {_show(v)}" for k, v in found.items()]) or "none"),
+    "code": lambda digest: ("code", "any program" if digest is None else f"the file with SHA-256 {digest[:12]}…"),
     "codec": lambda codec: ("codec", f"contributions travel as {codec}"),
     "seed_checkpoint": lambda digest: ("seed", f"training starts from checkpoint {digest[:12]}…"),
     "widths": lambda widths: ("model", f"layers {' × '.join(map(str, widths))}"),

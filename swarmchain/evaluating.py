@@ -5,11 +5,14 @@ from __future__ import annotations
 from swarmchain.certify import Arrays
 from swarmchain.errors import SpecError
 from swarmchain.protocol import RunView
-from swarmchain.spec import CellTypeSpec, EvaluationSpec, Limits, RunRef
+from swarmchain.spec import DonorSpec, EvaluationSpec, Limits, RunRef, TrainedSpec
 from swarmchain.store import Store, read_checkpoint, read_spec
 
+# Of validation samples and of their donors, where a model calls donors: a site has few, and each is a person.
+SAMPLES_MIN = 5
 
-def read_trained(store: Store, view: RunView) -> CellTypeSpec:
+
+def read_trained(store: Store, view: RunView) -> TrainedSpec:
     """Spec of a run that trained a model and has a checkpoint.
 
     Raises
@@ -18,7 +21,7 @@ def read_trained(store: Store, view: RunView) -> CellTypeSpec:
         If the run trained no model, or has no checkpoint yet.
     """
     spec = read_spec(store, view.spec)
-    if not isinstance(spec, CellTypeSpec):
+    if not isinstance(spec, TrainedSpec):
         raise SpecError(f"run {view.run} trains no model: its task is {spec.task}",
                         hint="`swarmchain run list` shows the tasks")
     if not view.finalized_round:
@@ -27,8 +30,8 @@ def read_trained(store: Store, view: RunView) -> CellTypeSpec:
 
 
 def plan_evaluation(
-    trained: CellTypeSpec, view: RunView, *, name: str, sites_to_start: int = 0, cells_min: int | None = None,
-    right_share_min: float | None = None,
+    trained: TrainedSpec, view: RunView, *, name: str, sites_to_start: int = 0, cells_min: int | None = None,
+    donors_min: int | None = None, right_share_min: float | None = None,
 ) -> EvaluationSpec:
     """An evaluation of the checkpoint that a training run has now.
 
@@ -36,10 +39,12 @@ def plan_evaluation(
     ----------
     sites_to_start
         Sites that the first round waits for; 0 for all that joined the training run.
-    cells_min, right_share_min
-        See `EvaluationSpec`.
+    cells_min, donors_min, right_share_min
+        See `EvaluationSpec`; for a model of donors the first two are `SAMPLES_MIN` unless they are named.
     """
-    chosen = {"cells_min": cells_min, "right_share_min": right_share_min}
+    if isinstance(trained, DonorSpec):
+        cells_min, donors_min = cells_min or SAMPLES_MIN, SAMPLES_MIN if donors_min is None else donors_min
+    chosen = {"cells_min": cells_min, "donors_min": donors_min, "right_share_min": right_share_min}
     return EvaluationSpec.model_validate({
         "name": name, "trained": RunRef(run=view.run, spec=view.spec, checkpoint=view.checkpoint),
         "labels": trained.labels,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from swarmchain.agreement import standardize
 from swarmchain.errors import DataError
-from swarmchain.model import load_model, predict_probabilities, predict_tensor
+from swarmchain.model import compute_logits, load_model, predict_probabilities, predict_tensor
 from swarmchain.selection import SiteData
 from swarmchain.spec import DonorSpec, Model, TrainedSpec
 
@@ -104,6 +104,10 @@ class TrainingSet:
     def _bounds(self) -> npt.NDArray[np.float64]:
         return sum_weights(self.draw)
 
+    def call(self, model: nn.Module, chosen: Ints) -> Floats:
+        """Logits [chosen, labels]."""
+        return compute_logits(model, self.x[chosen].numpy())
+
 
 @dataclass(frozen=True)
 class BagSet:
@@ -141,6 +145,10 @@ class BagSet:
     def predict(self, model: nn.Module, chosen: Ints) -> Floats:
         """See `Examples`; a sample's bag is all of its cells."""
         return np.concatenate([predict_probabilities(model, self.get_bag(int(sample))[None]) for sample in chosen])
+
+    def call(self, model: nn.Module, chosen: Ints) -> Floats:
+        """Logits [chosen, labels]."""
+        return np.concatenate([compute_logits(model, self.get_bag(int(sample))[None]) for sample in chosen])
 
     def get_bag(self, sample: int) -> Floats:
         """All cells of a sample, [cells of it, panel]."""
@@ -181,6 +189,27 @@ def prepare_training(
     train, validation = np.unique(data.samples[data.train]), np.unique(data.samples[data.validation])
     return BagSet(x=x, cells=cells, starts=starts, y=torch.from_numpy(y), train=train, validation=validation,
                   draw=_weigh(y[train], spec, examples_per_label), bag_size=spec.bag_size)
+
+
+def prepare_validation(data: SiteData, spec: TrainedSpec, constants: Arrays) -> TrainingSet | BagSet:
+    """A site's validation cells or samples and no others, all of them in `validation`. Raises `DataError` for none."""
+    rows, none = data.validation, np.zeros(0, dtype=np.int64)
+    if len(rows) == 0:
+        raise DataError("there are no validation cells", hint="a share of each label's cells or donors is set aside; "
+                        "there are too few of every label")
+    names, samples = data.sample_names, data.samples
+    if samples is not None:
+        kept, samples = np.unique(samples[rows], return_inverse=True)
+        names = tuple(names[i] for i in kept)
+    chosen = replace(data, x=data.x[rows], y=data.y[rows], train=none, validation=np.arange(len(rows)),
+                     donors=None if data.donors is None else data.donors[rows], samples=samples, sample_names=names)
+    return prepare_training(chosen, spec, constants, np.ones(len(spec.labels)))
+
+
+def list_owners(data: SiteData, examples: TrainingSet | BagSet) -> Ints:
+    """Donors of the examples that `prepare_validation` made, [examples]; each its own if none is known."""
+    rows = data.validation[examples.cells[examples.starts[:-1]]] if isinstance(examples, BagSet) else data.validation
+    return np.arange(len(rows)) if data.donors is None else data.donors[rows]
 
 
 def predict_bags(parameters: Arrays, x: Floats, samples: Ints, spec: DonorSpec) -> Floats:

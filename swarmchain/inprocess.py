@@ -3,8 +3,8 @@
 What a benchmark needs that trains many swarms: the same bytes as agents on a real chain give, without waiting for any
 block or process. Every site's share is `work.RunWork`, as its agent does it, with codec, residuals, local tensors and
 gate; contributions go through a store and are hashed and checked again on their way to the merge; rounds, votes and
-quorum are those of `rules.Replica`. What is left out is what nobody computes with: signatures, gas, time, and that every
-site recomputes the merge (one does it for all).
+quorum are those of `rules.Replica`. What is left out is what nobody computes with: signatures, gas, time, and that
+every site recomputes the merge (one does it for all).
 """
 
 from __future__ import annotations

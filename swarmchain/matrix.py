@@ -45,7 +45,7 @@ class Matrix:
 
 
 @contextlib.contextmanager
-def read_matrix(path: Path, panel: Panel, normalization: Normalization, *, layer: str | None = None,
+def read_matrix(path: Path, panel: Panel, normalization: Normalization, *, config: DataConfig,
                 state: str = "auto") -> Iterator[Matrix]:
     """Open a file for reading in batches, while the context lasts.
 
@@ -53,8 +53,8 @@ def read_matrix(path: Path, panel: Panel, normalization: Normalization, *, layer
     ----------
     panel
         Features are called as it calls them, where they go by an alias.
-    layer
-        To use in place of X.
+    config
+        The layer to use in place of X, and columns that hold no features.
     state
         What it holds, as `[data] state` in site.toml.
 
@@ -64,7 +64,6 @@ def read_matrix(path: Path, panel: Panel, normalization: Normalization, *, layer
         If the file or layer is missing, holds no cells, names a feature twice, or holds values from which the demanded
         state cannot be made.
     """
-    config = DataConfig(path=str(path), label_column="", layer=layer)
     with open_source(path, config) as source:
         check_names(source, config)
         features, _ = name_features(source, config, panel.model_copy(update={"names": None}))

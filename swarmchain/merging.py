@@ -44,8 +44,9 @@ class Trust(Strict):
 
     A contribution is expected to help a rater at least `benefit_percent` of what its fellows do. What a majority of the
     other sites misses of that, beyond `slack_mnat` in a round, adds up, and what it gets beyond both is taken off;
-    above `harm_max_mnat` the site is left out. No more than `memory_mnat` is remembered. In 1/1000 nat of balanced cross-entropy. With `rate_first` the first round
-    changes nothing: its contributions are there to be rated, before anything is merged.
+    above `harm_max_mnat` the site is left out. No more than `memory_mnat` is remembered. In 1/1000 nat of balanced
+    cross-entropy. With `rate_first` the first round changes nothing: its contributions are there to be rated, before
+    anything is merged.
     """
 
     rate_first: bool = True

@@ -97,6 +97,14 @@ def draw_state(spec: TrainedSpec) -> dict[str, npt.NDArray[Any]]:
     return parameters
 
 
+def compute_logits(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
+    model.eval()
+    with torch.no_grad():
+        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
+    return logits
+
+
 def predict_probabilities(model: nn.Module, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Class probabilities [N, C] of standardised cells [N, F], or [B, C] of bags [B, K, F]."""
     return predict_tensor(model, torch.tensor(x))
@@ -141,8 +149,4 @@ def sum_attention(weights: npt.NDArray[np.float32], kinds: npt.NDArray[np.str_])
 
 def predict_logits(spec: TrainedSpec, state: Arrays, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Logits [N, C] of standardised cells [N, F] by the spec's network with these weights."""
-    model = load_model(spec, state)
-    model.eval()
-    with torch.no_grad():
-        logits: npt.NDArray[np.float32] = model(torch.tensor(x)).numpy()
-    return logits
+    return compute_logits(load_model(spec, state), x)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import anndata
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 # Okabe & Ito 2008; black is left for what is not a category. Then darker and paler ones of the same hues.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f",
@@ -34,6 +35,7 @@ HATCHES = ("", "//", "..", "xx")
 RIGHT, WRONG, LINE = "#0072b2", "#d55e00", "#333333"
 DOTS = 150  # per inch
 CELLS_MAX = 20_000
+SAMPLES_MAX = 40
 
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
@@ -42,7 +44,8 @@ STYLE: Any = {
 }
 
 
-def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title: str = "Confusion") -> None:
+def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title: str = "Confusion",
+                   unit: str = "cells") -> None:
     """Row-normalised confusion matrix, [labels, labels] of counts: label in rows, call in columns."""
     count = len(labels)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -66,13 +69,13 @@ def plot_confusion(confusion: Ints, labels: Sequence[str], path: Path, *, title:
         axes.set_yticks(np.arange(-0.5, count), minor=True)
         axes.grid(which="minor", color="#cccccc", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
-        axes.set(xlabel="call", ylabel="label (cells)", title=f"{title}, n = {confusion.sum():,} cells")
-        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's cells")
+        axes.set(xlabel="call", ylabel=f"label ({unit})", title=f"{title}, n = {confusion.sum():,} {unit}")
+        figure.colorbar(image, ax=axes, shrink=0.8, label=f"share of the label's {unit}")
         save(figure, path)
 
 
 def plot_f1(arms: Mapping[str, Sequence[float | None]], labels: Sequence[str], support: Sequence[int], path: Path, *,
-            title: str = "F1 per cell type") -> None:
+            title: str = "F1 per label", unit: str = "cells") -> None:
     """Bars of F1 for every label, one for each arm (swarm, local, central); labels without any cell are left out."""
     rows = [i for i, n in enumerate(support) if n]
     labels, support = [labels[i] for i in rows], [support[i] for i in rows]
@@ -89,7 +92,7 @@ def plot_f1(arms: Mapping[str, Sequence[float | None]], labels: Sequence[str], s
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
         axes.set_yticks(range(count), _add_counts(labels, support))
         axes.set_ylim(count - 0.45, -0.55)
-        axes.set(xlim=(0, 1.08), xlabel="F1", title=f"{title}, n = {sum(support):,} cells")
+        axes.set(xlim=(0, 1.08), xlabel="F1", title=f"{title}, n = {sum(support):,} {unit}")
         axes.set_xticks(np.arange(0, 1.01, 0.2))
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.tick_params(axis="y", length=0)
@@ -119,8 +122,43 @@ def plot_curves(rounds: Sequence[int], sites: Mapping[str, Sequence[float | None
         save(figure, path)
 
 
+def plot_attention(shares: Floats, cells: Ints, kinds: Sequence[str], names: Sequence[str], calls: Sequence[str],
+                   path: Path, *, title: str = "Which cells carried the call") -> None:
+    """Attention by kind of cell, one bar for each sample, and under it, thinner, the kinds' shares of its cells.
+
+    Parameters
+    ----------
+    shares, cells
+        Attention, and number of cells, [samples, kinds].
+    names, calls
+        Of the samples; a call is what stands beside its bar.
+    """
+    shown = min(len(names), SAMPLES_MAX)
+    rest = "" if shown == len(names) else f", the first {shown} shown"
+    mixes = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
+    with mpl.rc_context({**STYLE, "axes.spines.left": False}):
+        figure = Figure(figsize=(7.4, max(2.4, 0.42 * shown + 1.2)), layout="constrained")
+        axes = figure.add_subplot()
+        left, under = np.zeros(shown), np.zeros(shown)
+        for k, kind in enumerate(shorten_all(kinds)):
+            style: Any = {"color": COLOURS[k % 16], "hatch": HATCHES[k // 16 % 4], "edgecolor": "white",
+                          "linewidth": 0.4}
+            axes.barh(np.arange(shown) - 0.1, shares[:shown, k], left=left, height=0.5, label=kind, **style)
+            axes.barh(np.arange(shown) + 0.28, mixes[:shown, k], left=under, height=0.16, alpha=0.75, **style)
+            left, under = left + shares[:shown, k], under + mixes[:shown, k]
+        for i, call in enumerate(calls[:shown]):
+            axes.text(1.01, i, call, va="center", fontsize=8)
+        axes.set_yticks(range(shown), shorten_all(list(names[:shown])))
+        axes.set_ylim(shown - 0.4, -0.6)
+        axes.set(xlim=(0, 1), xlabel="share of attention (thick) and of cells (thin)",
+                 title=f"{title}, n = {len(names):,} samples{rest}")
+        axes.tick_params(axis="y", length=0)
+        figure.legend(loc="outside lower center", ncols=3)
+        save(figure, path)
+
+
 def plot_reliability(bars: Sequence[Any], path: Path, *, error: float, threshold: float | None = None,
-                     title: str = "Reliability") -> None:
+                     title: str = "Reliability", unit: str = "cells") -> None:
     """Share of right calls against confidence, and how many calls there are; `bars` as `calibration.Bar`."""
     cells = sum(bar.cells for bar in bars)
     with mpl.rc_context(STYLE):
@@ -137,20 +175,24 @@ def plot_reliability(bars: Sequence[Any], path: Path, *, error: float, threshold
                 axes.axvline(threshold, color=WRONG, linewidth=1.4,
                              label=f"unknown below {threshold:.2f}" if axes is upper else None)
         upper.set(ylim=(0, 1.02), ylabel="share of right calls",
-                  title=f"{title}, n = {cells:,} cells\nexpected calibration error {error:.3f}")
-        lower.set(xlim=(0, 1), xlabel="confidence", ylabel="cells")
+                  title=f"{title}, n = {cells:,} {unit}\nexpected calibration error {error:.3f}")
+        lower.set(xlim=(0, 1), xlabel="confidence", ylabel=unit)
         lower.set_yscale("symlog", linthresh=1)
         upper.legend(loc="upper left")
         save(figure, path)
 
 
-def plot_umap(data: anndata.AnnData, column: str, path: Path, *, title: str) -> None:
-    """Scanpy's UMAP of cells (`obsm["X_umap"]`) by a column of obs; booleans are right (true) and wrong (false)."""
+def plot_umap(data: anndata.AnnData, column: str, path: Path, *, title: str, is_rare: bool = False) -> None:
+    """Scanpy's UMAP of cells (`obsm["X_umap"]`) by a column of obs; booleans are right (true) and wrong (false).
+
+    Of numbers low ones lie on top or, where what matters `is_rare`, high ones, up to the 99th percentile.
+    """
     import scanpy
 
     values = data.obs[column]
     if values.dtype.kind == "f":
-        shown, palette, order = values.to_numpy(), None, np.argsort(-values.to_numpy(), kind="stable")
+        shown, palette = values.to_numpy(), None
+        order = np.argsort(values.to_numpy() * (1 if is_rare else -1), kind="stable")
     elif values.dtype == bool:
         words = np.where(values, "right", "wrong")
         shown, palette = words, {"right": "#bbbbbb", "wrong": WRONG}
@@ -171,7 +213,7 @@ def plot_umap(data: anndata.AnnData, column: str, path: Path, *, title: str) -> 
         figure = Figure(figsize=(6.6, 4.4), layout="constrained")
         axes = figure.add_subplot()
         scanpy.pl.umap(cells, color=column, ax=axes, show=False, palette=palette, sort_order=False, frameon=True,
-                       color_map="cividis",
+                       color_map="cividis", vmax="p99" if is_rare else None,
                        size=max(4.0, min(40.0, 60_000 / max(data.n_obs, 1))))
         axes.set(title=f"{title}, n = {data.n_obs:,} cells", xlabel="UMAP 1", ylabel="UMAP 2")
         save(figure, path)
@@ -198,13 +240,14 @@ def compute_umap(data: anndata.AnnData, *, seed: int = 0) -> anndata.AnnData:
 
 
 def draw_evaluation(folder: Path, labels: Sequence[str], confusion: Ints, *, bars: Sequence[Any], error: float,
-                    threshold: float) -> list[str]:
+                    threshold: float, unit: str = "cells") -> list[str]:
     """Confusion matrix, F1 and reliability of an evaluation, as PNG and SVG; returns the names of the PNGs."""
     scores, support = compute_class_scores(confusion)
     for kind in ("png", "svg"):
-        plot_confusion(confusion, labels, folder / f"confusion.{kind}", title="Validation cells of all sites")
-        plot_f1({"swarm": scores}, labels, support, folder / f"f1.{kind}")
-        plot_reliability(bars, folder / f"reliability.{kind}", error=error, threshold=threshold)
+        plot_confusion(confusion, labels, folder / f"confusion.{kind}", title=f"Validation {unit} of all sites",
+                       unit=unit)
+        plot_f1({"swarm": scores}, labels, support, folder / f"f1.{kind}", unit=unit)
+        plot_reliability(bars, folder / f"reliability.{kind}", error=error, threshold=threshold, unit=unit)
     return ["confusion.png", "f1.png", "reliability.png"]
 
 

@@ -123,7 +123,8 @@ class RunView:
 class Rating(Strict):
     """What one contribution of the last finalized round does to the rater's own validation cells.
 
-    Those are the cells of the labels that it claims. `effect_mnat` is what it adds to their balanced cross-entropy, in 1/1000 nat: below 0 it helps. See `rating`.
+    Those are the cells of the labels that it claims. `effect_mnat` is what it adds to their balanced cross-entropy, in
+    1/1000 nat: below 0 it helps. See `rating`.
     """
 
     site: SiteIndex

@@ -4,8 +4,9 @@ The effect is the change of the balanced cross-entropy (the mean over classes of
 of the contribution, clipped as the merge clips it, is added to the checkpoint that the round started from. The classes
 are those that the contribution claims to be about and that occur here; if none does, all that occur here. A site
 without monocytes unlearns them in all honesty, until the merge has the others' word; what it was trained on, it makes
-no worse. A fifth, because a whole step of one site's training overshoots on the cells of another: it would say more of how
-the sites differ than of who is hostile. The number does not depend on how many sites there are, nor on their weights.
+no worse. A fifth, because a whole step of one site's training overshoots on the cells of another: it would say more of
+how the sites differ than of who is hostile. The number does not depend on how many sites there are, nor on their
+weights.
 """
 
 from __future__ import annotations

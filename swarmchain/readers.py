@@ -191,7 +191,7 @@ def _open_table(path: Path, config: DataConfig, stack: contextlib.ExitStack) -> 
         raise DataError(f"{path}: {twice!r} stands twice in the header", hint="make the names unique")
     table = pd.read_csv(path, sep=separator, index_col=0)
     table.index = table.index.astype(str)
-    notes = {config.label_column, config.donor_column, *config.where}
+    notes = {config.label_column, config.donor_column, config.sample_column, *config.where}
     numeric = [c for c in table.columns if pd.api.types.is_numeric_dtype(table[c]) and str(c) not in notes]
     if not numeric:
         raise DataError(f"{path} has no column of numbers", hint="its first column names the rows, the others hold X")
@@ -217,7 +217,7 @@ def _annotate(source: Source, path: Path, key: str | None) -> Source:
     rows = _find_rows(source.cells, keys)
     if (rows < 0).all():
         raise DataError(f"{path} names none of the {len(source.cells)} cells of {source.path}",
-                        hint="name the column of the cells' names in [data] labels_key")
+                        hint="name the column of the cells' names in [data] labels_key, or with --labels-key")
     beside = tuple(map(str, table.columns))
 
     def read_column(name: str) -> Any:

@@ -38,7 +38,7 @@ from swarmchain.evaluating import read_evaluation
 from swarmchain.history import RoundRecord, read_rounds
 from swarmchain.layouts import checkpoint_layout, local_layout
 from swarmchain.protocol import BPS, MANIFEST_BYTES_MAX, Manifest, RunView, compute_digest, encode_canonical
-from swarmchain.spec import CellTypeSpec, EvaluationSpec, RunRef, encode_spec
+from swarmchain.spec import EvaluationSpec, RunRef, TrainedSpec, encode_spec
 from swarmchain.store import Store, read_manifest
 from swarmchain.work import read_own
 
@@ -48,12 +48,12 @@ class Release:
     """A card, and the files that it names, by name."""
 
     card: ModelCard
-    spec: CellTypeSpec
+    spec: TrainedSpec
     files: Mapping[str, bytes]
 
 
 def build_release(
-    contract: SwarmContract, store: Store, view: RunView, spec: CellTypeSpec, *, config: SiteConfig,
+    contract: SwarmContract, store: Store, view: RunView, spec: TrainedSpec, *, config: SiteConfig,
     evaluation: RunView | None = None,
 ) -> Release:
     """Gather a model folder's content.
@@ -125,10 +125,11 @@ def draw_release(folder: Path, release: Release) -> list[str]:
     from swarmchain.plots import draw_evaluation  # takes scanpy's libraries
 
     return draw_evaluation(folder, release.spec.labels, np.array(found.confusion, dtype=np.int64), bars=found.bars,
-                           error=found.error, threshold=found.threshold)
+                           error=found.error, threshold=found.threshold,
+                           unit="samples" if release.card.task == "donor" else "cells")
 
 
-def render_card(card: ModelCard, spec: CellTypeSpec, *, pictures: Sequence[str] = ()) -> str:
+def render_card(card: ModelCard, spec: TrainedSpec, *, pictures: Sequence[str] = ()) -> str:
     """model-card.md: the same card for people."""
     environment = jinja2.Environment(  # noqa: S701 - Markdown; `md` escapes what strangers named
         loader=jinja2.PackageLoader("swarmchain"), undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -157,8 +158,9 @@ def _evaluate(view: RunView, spec: EvaluationSpec, sums: Arrays, *, sites: tuple
 
 def _describe_site(site: int, name: str, records: Sequence[RoundRecord]) -> SiteRow:
     shares = [item for record in records if record.manifest for item in record.manifest.included if item.site == site]
-    return SiteRow(site=site, name=name, rounds=len(shares),
-                   weight=sum(item.weight for item in shares) / len(shares) if shares else None,
+    counted = [item.weight for item in shares if not item.doubt]
+    return SiteRow(site=site, name=name, rounds=len(counted),
+                   weight=sum(counted) / len(counted) if counted else None,
                    cells_train=shares[-1].samples if shares else None)
 
 
@@ -166,10 +168,16 @@ def _describe_round(record: RoundRecord, names: Mapping[int, str]) -> RoundRow:
     manifest = record.manifest
     return RoundRow.model_validate({
         "round": record.round_id, "outcome": record.outcome.name.lower(), "checkpoint": record.checkpoint or None,
-        "included": _name_sites(manifest, names) if manifest else (),
-        "excluded": {names[item.site]: str(item.reason) for item in manifest.excluded} if manifest else {},
+        "included": [names[item.site] for item in manifest.included if not item.doubt] if manifest else (),
+        "excluded": {names[site]: reason for site, reason in _find_left_out(manifest)} if manifest else {},
         "scores": {names[site]: score / BPS for site, score in sorted(record.scores.items())},
     })
+
+
+def _find_left_out(manifest: Manifest) -> list[tuple[int, str]]:
+    """Sites without a part in a round's checkpoint, and why: not merged at all, or with no weight."""
+    return [*((item.site, str(item.reason)) for item in manifest.excluded),
+            *((item.site, item.doubt) for item in manifest.included if item.doubt)]
 
 
 def _name_sites(manifest: Manifest, names: Mapping[int, str]) -> tuple[str, ...]:

@@ -87,6 +87,8 @@ class Minimums(Strict):
     donors: Annotated[int, Field(ge=0)] = 0
     cells_per_label: Annotated[int, Field(ge=1)] = 5
     donors_per_label: Annotated[int, Field(ge=0)] = 0
+
+
 class Term(Strict):
     """What a label means: its Cell Ontology id, and the coarser label that it is a kind of."""
 
@@ -284,10 +286,11 @@ class EvaluationSpec(_Spec):
 
     Every site scores the checkpoint `trained`, by that run's preprocessing and with its choice of validation cells. The
     sums hold no more than counts and, for each of `temperatures`, one negative log-likelihood; see
-    `layouts.evaluation_layout`. A site with fewer than `cells_min` validation cells cannot join, and so contributes
-    nothing. Confidences fall into `bins` of equal width. Calls whose confidence is below the threshold count as
-    unknown; the threshold is the smallest edge of a bin from which on at least `right_share_min` of all calls were
-    right. Labels are the trained run's, in its order.
+    `layouts.evaluation_layout`. What is called, and counted, is a cell or, for a model of donors, a sample: fewer than
+    `cells_min` of them for validation, or such of fewer than `donors_min` donors, and a site cannot join, and so
+    contributes nothing. Confidences fall into `bins` of equal width. Calls whose confidence is below the threshold
+    count as unknown; the threshold is the smallest edge of a bin from which on at least `right_share_min` of all calls
+    were right. Labels are the trained run's, in its order.
     """
 
     task: Literal["evaluation"] = "evaluation"
@@ -297,6 +300,7 @@ class EvaluationSpec(_Spec):
         = TEMPERATURES
     bins: Annotated[int, Field(ge=10, le=1000, multiple_of=10)] = 50
     cells_min: Annotated[int, Field(ge=1)] = 20
+    donors_min: Annotated[int, Field(ge=0)] = 0
     right_share_min: Share = 0.95
 
     @model_validator(mode="after")

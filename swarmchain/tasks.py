@@ -21,7 +21,7 @@ from swarmchain.errors import DataError, SpecError
 from swarmchain.keeper import Keeper
 from swarmchain.layouts import checkpoint_layout, local_layout, parameter_layout
 from swarmchain.protocol import Rating, RoundKey, derive_seed
-from swarmchain.spec import CellTypeSpec, DonorSpec, EvaluationSpec, RehearsalSpec, StatisticsSpec, SumSpec, TrainedSpec
+from swarmchain.spec import DonorSpec, EvaluationSpec, RehearsalSpec, StatisticsSpec, SumSpec, TrainedSpec
 from swarmchain.trust import Claim
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -235,8 +235,10 @@ class DonorTask(CellTypeTask):
         """See `Task`."""
         return {**super().describe(), "samples_train": len(self._cells.train),
                 "samples_validation": len(self._cells.validation)}
+
+
 class EvaluationTask:
-    """Counts of a trained model's calls on the site's validation cells; the same in every round.
+    """Counts of a trained model's calls on the site's validation cells, or samples; the same in every round.
 
     Parameters
     ----------
@@ -250,36 +252,49 @@ class EvaluationTask:
     SpecError
         If the labels are not the trained run's.
     DataError
-        If the site's data cannot serve the trained run's spec, or hold fewer validation cells than the spec asks for.
+        If the site's data cannot serve the trained run's spec, or hold fewer validation cells, samples or donors than
+        the spec asks for.
     """
 
     labels: tuple[int, ...] = ()
 
-    def __init__(self, config: SiteConfig, spec: EvaluationSpec, trained: tuple[CellTypeSpec, Arrays], *,
+    def __init__(self, config: SiteConfig, spec: EvaluationSpec, trained: tuple[TrainedSpec, Arrays], *,
                  own: Arrays) -> None:
-        from swarmchain.agreement import standardize
         from swarmchain.data import load_site_data
-        from swarmchain.model import predict_logits
+        from swarmchain.examples import list_owners, prepare_validation
+        from swarmchain.model import build_model, load_state
 
         source, checkpoint = trained
         if spec.labels != source.labels:
             raise SpecError(f"labels: not those of run {spec.trained.run}, which the spec evaluates",
                             hint="`swarmchain run new evaluation` writes a valid spec")
         self._data = load_site_data(config, source)
-        rows = self._data.validation
-        if len(rows) < spec.cells_min:
-            raise DataError(f"{config.name} has {len(rows)} validation cells, the evaluation needs {spec.cells_min}",
-                            hint="leave this run to the other sites: counts over so few cells could be traced to them")
-        x = standardize(self._data.x[rows], self._data.present, checkpoint)
-        self._spec, self._truth = spec, self._data.y[rows]
-        self._logits = predict_logits(source, {**checkpoint, **own}, x)
+        self._kind = "samples" if isinstance(source, DonorSpec) else "cells"
+        if len(self._data.validation) == 0:
+            self._require(config.name, self._kind, 0, spec.cells_min)
+        examples = prepare_validation(self._data, source, checkpoint)
+        self._require(config.name, self._kind, len(examples.validation), spec.cells_min)
+        if spec.donors_min:
+            known = self._data.donors is not None
+            owners = len(np.unique(list_owners(self._data, examples))) if known else 0
+            self._require(config.name, "donors", owners, spec.donors_min)
+        self._spec, self._truth = spec, examples.y.numpy()[examples.validation]
+        network = build_model(source)
+        load_state(network, {**checkpoint, **own})
+        self._logits = examples.call(network, examples.validation)
+
+    @staticmethod
+    def _require(site: str, what: str, found: int, least: int) -> None:
+        if found < least:
+            raise DataError(f"{site} has {found} validation {what}, the evaluation needs {least}",
+                            hint=f"leave this run to the other sites: sums over so few {what} could be traced to them")
 
     def describe(self) -> dict[str, int]:
         """See `Task`."""
-        return _count(self._data)
+        return _count(self._data) | ({"samples_validation": len(self._truth)} if self._kind == "samples" else {})
 
     def contribute(self, assignment: Assignment) -> tuple[Arrays, int, dict[str, float]]:
-        """See `Task`; the cells that are counted here are validation cells."""
+        """See `Task`; what is counted here is for validation."""
         from swarmchain.calibration import sum_calls
 
         return sum_calls(self._logits, self._truth, self._spec), len(self._truth), {}

@@ -1,10 +1,11 @@
 """Who has a share in a merge: what the sites measured on their own validation cells, added up from round to round.
 
 A hostile contribution may look like an honest one of a site that sees other cells than the rest; what it does to the
-others' cells of the very labels that it was trained on does not. Every site says in its opening what each contribution of the last finalized round does to
-a loss on its own validation cells, before it knows what anyone else says. The merge believes what a majority of the
-other sites agrees on, and remembers it in the manifest. A site whose evidence is above the limit has no weight; it is
-still rated, and comes back when its contributions have helped a majority again as much as they harmed before.
+others' cells of the very labels that it was trained on does not. Every site says in its opening what each contribution
+of the last finalized round does to a loss on its own validation cells, before it knows what anyone else says. The merge
+believes what a majority of the other sites agrees on, and remembers it in the manifest. A site whose evidence is above
+the limit has no weight; it is still rated, and comes back when its contributions have helped a majority again as much
+as they harmed before.
 
 Integers only, in 1/1000 nat, and pure: everybody computes the same from what is on record. The evidence is a cumulative
 sum, as in Page's test for a change (1954).

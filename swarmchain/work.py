@@ -22,7 +22,6 @@ from swarmchain.names import NAMES_BYTES_MAX
 from swarmchain.protocol import Excluded, Included, Manifest, Rating, Reason, RoundKey, RunView
 from swarmchain.spec import (
     CellSpec,
-    CellTypeSpec,
     CustomSpec,
     DonorSpec,
     EvaluationSpec,
@@ -255,7 +254,7 @@ def check_statistics(spec: TrainedSpec, view: RunView) -> None:
 
 
 def load_trained(store: Store, spec: EvaluationSpec, view_run: Callable[[int], RunView]
-                 ) -> tuple[CellTypeSpec, dict[str, npt.NDArray[Any]]]:
+                 ) -> tuple[TrainedSpec, dict[str, npt.NDArray[Any]]]:
     """Spec and checkpoint of the run that is evaluated, which the chain must show as the spec names them.
 
     Raises
@@ -265,12 +264,12 @@ def load_trained(store: Store, spec: EvaluationSpec, view_run: Callable[[int], R
     """
     _check_reference(spec.trained, view_run(spec.trained.run), key="trained", what="evaluates another model")
     source = read_spec(store, spec.trained.spec)
-    if not isinstance(source, CellTypeSpec):
+    if not isinstance(source, TrainedSpec):
         raise SpecError(f"run {spec.trained.run} trained no model", hint="`swarmchain run list` shows the tasks")
     return source, read_checkpoint(store, spec.trained.checkpoint, source)
 
 
-def read_own(config: SiteConfig, run: int, spec: CellTypeSpec) -> Arrays:
+def read_own(config: SiteConfig, run: int, spec: TrainedSpec) -> Arrays:
     """What this site keeps to itself of a run's model, none where the spec has no such parts.
 
     Raises
@@ -281,7 +280,7 @@ def read_own(config: SiteConfig, run: int, spec: CellTypeSpec) -> Arrays:
     layout = local_layout(spec)
     own = Keeper(config.work_dir / "training" / str(run), "local", layout).read(spec.limits.rounds)
     if layout and own is None:
-        raise SpecError(f"{config.name} holds no {' and '.join(spec.model.local)} of its own for run {run}",
+        raise SpecError(f"{config.name} holds no {', '.join(layout)} of its own for run {run}",
                         hint="only sites that trained in the run can use its model")
     return own or {}
 

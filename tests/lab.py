@@ -24,19 +24,22 @@ FIRST_UID = 61_000
 
 
 def find_obstacle() -> str:
-    """Why no hosts can be made here; empty if they can."""
+    """Why no hosts can be made here; empty if they can. Makes one, with all that a test asks of it."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for program in ("ip", "tc", "setpriv"):
+    for program in ("ip", "tc", "setpriv", "mount"):
         if shutil.which(program) is None:
             return f"{program} is not installed"
-    name = f"swarm-probe-{uuid.uuid4().hex[:6]}"
-    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"no network namespace can be made: {done.stderr.strip()}"
-    inside = subprocess.run(["ip", "netns", "exec", name, "true"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", name], check=False)
-    return f"no namespace can be entered: {inside.stderr.strip()}" if inside.returncode else ""
+    try:
+        with start_lab(["probe"]) as lab:
+            host = lab.hosts["probe"]
+            lab.slow(host, rate="1mbit")
+            lab.cut(host)
+            lab.restore(host)
+            code, said = host.ask(sys.executable, "-c", "import swarmchain")
+    except subprocess.CalledProcessError as exc:
+        return f"{' '.join(exc.cmd)}: {exc.stderr.strip()}"
+    return f"a user of its own cannot run this Python there: {said.strip()}" if code else ""
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Host:
 
     def start(self, *words: object, env: Mapping[str, str] | None = None, log: str = "") -> subprocess.Popen[str]:
         """Run a program on this host, as its user, in its home; the output goes into a file there, or to the caller."""
-        script = _OPEN_INTERPRETER + (
+        script = _OPENED + (
             f"cd {shlex.quote(str(self.home))} && exec setpriv --reuid {self.uid} --regid {self.uid} --clear-groups "
             f"--no-new-privs {shlex.join(map(str, words))}")
         bare = {"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1",
@@ -116,8 +119,8 @@ class Lab:
     def slow(self, host: Host, *, rate: str) -> None:
         """Let no more than `rate` (as tc writes it) through, either way."""
         for namespace, device in ((self.name, host.port), (host.namespace, "eth0")):
-            subprocess.run(["tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", "rate", rate,
-                            "burst", "16k", "latency", "400ms"], check=True)
+            _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", "rate", rate, "burst", "16k",
+                 "latency", "400ms")
 
 
 @contextlib.contextmanager
@@ -154,7 +157,11 @@ def _make_namespace(made: contextlib.ExitStack, name: str) -> None:
 
 
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
+    _run("ip", *words)
+
+
+def _run(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True, text=True)
 
 
 def _end(host: Host) -> None:
@@ -172,11 +179,25 @@ def _end(host: Host) -> None:
                 pipe.close()
 
 
-# Where the interpreter lies in a folder of root's own (pyenv in /root), the hosts' users cannot reach it. In the mount
-# namespace that `ip netns exec` makes, such a folder is covered by an empty one, where only the interpreter shows.
-_PREFIX = Path(sys.base_prefix).resolve()
-_CLOSED = next((p for p in reversed(_PREFIX.parents) if p.stat().st_mode & 0o001 == 0), None)
-_OPEN_INTERPRETER = "" if _CLOSED is None else (
-    f"mkdir -p /run/swarm-python && mount --bind {_PREFIX} /run/swarm-python && "
-    f"mount -t tmpfs -o mode=755 tmpfs {_CLOSED} && mkdir -p {_PREFIX} && "
-    f"mount --bind /run/swarm-python {_PREFIX} && umount /run/swarm-python && ")
+def _open_folders() -> str:
+    """Shell words that let the hosts' users reach Python and this repository, in the namespace of one process.
+
+    Where these lie in a folder of root's own (pyenv in /root), that folder is covered by an empty one, in which only
+    they show: `ip netns exec` gives every process mounts of its own.
+    """
+    wanted = [Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve(), Path(__file__).resolve().parent.parent]
+    closed: dict[Path, list[Path]] = {}
+    for path in wanted:
+        if outermost := next((p for p in reversed(path.parents) if p.stat().st_mode & 0o001 == 0), None):
+            closed.setdefault(outermost, []).append(path)
+    words = []
+    for outermost, paths in closed.items():
+        kept = {path: f"/run/swarm-lab-{i}" for i, path in enumerate(paths)}
+        words += [f"mkdir -p {place} && mount --bind {shlex.quote(str(path))} {place}" for path, place in kept.items()]
+        words.append(f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(outermost))}")
+        words += [f"mkdir -p {shlex.quote(str(path))} && mount --bind {place} {shlex.quote(str(path))} && umount {place}"
+                  for path, place in kept.items()]
+    return "".join(f"{word} && " for word in words)
+
+
+_OPENED = _open_folders()

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -72,6 +72,14 @@ def find_weed() -> str | None:
     return found or shutil.which("weed")
 
 
+def build_command(weed: str, folder: Path, config: Path, *, address: str = "127.0.0.1",
+                  ports: Mapping[str, int] | None = None) -> list[str]:
+    """How a server is started that keeps its data in `folder`; without `ports` on the usual ones (S3: 8333)."""
+    return [weed, "-logtostderr", "server", "-s3", f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}",
+            f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.iam=false", "-master.telemetry=false",
+            "-volume.max=40", "-master.volumeSizeLimitMB=128", *(f"-{name}={port}" for name, port in (ports or {}).items())]
+
+
 @contextlib.contextmanager
 def start_seaweed(folder: Path, *, timeout_s: float = 60.0) -> Iterator[Seaweed]:
     """A server that keeps its data in `folder` while the context lasts."""
@@ -84,9 +92,7 @@ def start_seaweed(folder: Path, *, timeout_s: float = 60.0) -> Iterator[Seaweed]
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
         for name, (key, secret, actions) in ACCOUNTS.items()]}))
     ports = dict(zip(PORTS, _find_ports(len(PORTS)), strict=True))
-    command = [weed, "-logtostderr", "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-               f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.iam=false", "-master.telemetry=false",
-               "-volume.max=40", "-master.volumeSizeLimitMB=128", *(f"-{name}={port}" for name, port in ports.items())]
+    command = build_command(weed, folder, config, ports=ports)
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
     server = Seaweed(f"http://127.0.0.1:{ports['s3.port']}", ports["s3.port"], process)
@@ -111,16 +117,23 @@ def _find_ports(count: int) -> list[int]:
 
 
 def _wait(server: Seaweed, timeout_s: float, log: Path) -> None:
-    """Until it takes an object in: before it has volumes it answers, and refuses."""
-    client, end = server.client(), time.monotonic() + timeout_s
+    try:
+        make_bucket(server.client(), timeout_s=timeout_s, is_alive=lambda: server.process.poll() is None)
+    except TimeoutError as exc:
+        raise TimeoutError(f"{exc}\n{log.read_text()[-2000:]}") from exc
+
+
+def make_bucket(client: Any, *, timeout_s: float, is_alive: Callable[[], bool] = lambda: True) -> None:
+    """Wait until the server takes an object in: before it has volumes it answers, and refuses."""
+    end = time.monotonic() + timeout_s
     while True:
         try:
             with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
-                client.create_bucket(Bucket=server.bucket)
-            client.put_object(Bucket=server.bucket, Key="ready", Body=b"ready")
-            client.delete_object(Bucket=server.bucket, Key="ready")
+                client.create_bucket(Bucket=BUCKET)
+            client.put_object(Bucket=BUCKET, Key="ready", Body=b"ready")
+            client.delete_object(Bucket=BUCKET, Key="ready")
             return
         except (BotoCoreError, ClientError) as exc:
-            if server.process.poll() is not None or time.monotonic() > end:
-                raise TimeoutError(f"SeaweedFS does not start: {exc}\n{log.read_text()[-2000:]}") from exc
+            if not is_alive() or time.monotonic() > end:
+                raise TimeoutError(f"SeaweedFS does not start: {exc}") from exc
             time.sleep(0.1)

@@ -94,8 +94,8 @@ class Play:
         counted = [item for item in found.values() if not isinstance(item, str)]
         excluded = [Excluded(site=site, commitment=commitments[site], reason=reason)
                     for site, reason in found.items() if isinstance(reason, str)]
-        return certify(self.spec, self.parent, (counted, excluded), key=key, rejections=self.rejections, previous=self.previous,
-                       spec_digest=self.world.contract.view_run(self.run).spec)
+        return certify(self.spec, self.parent, (counted, excluded), key=key, rejections=self.rejections,
+                       previous=self.previous, spec_digest=self.world.contract.view_run(self.run).spec)
 
     def finalize(self, round_id: int, made: Any, *, manifest: bytes | None = None, checkpoint: bytes | None = None,
                  accept: bool = True) -> None:

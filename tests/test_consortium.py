@@ -144,7 +144,7 @@ def test_rehearsal_by_hand_and_one_agent_per_key(consortium: Path) -> None:
         agent.kill()
         agent.wait()
     assert len({end.rsplit(" ", 1)[1] for end in ends}) == 1
-    assert all("ended: done after round 2; 2 rounds finalized, 0 rounds rejected, 0 rounds expired" in e for e in ends)
+    assert all("ended: done after round 2; rounds: 2 finalized, 0 rejected, 0 expired" in e for e in ends)
     training = json.loads(swarmchain("status", *site, "--json", folder=consortium))["runs"][run - 1]["training"]
     assert training["window_s"] == 3600 and not training["is_too_slow"]
     journal = consortium / "a" / "work" / "journal.sqlite"

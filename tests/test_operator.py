@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import urllib3
@@ -28,16 +28,32 @@ from swarmchain.keys import create_keystore
 from swarmchain.merging import Mean
 from swarmchain.protocol import Phase, Terms
 from swarmchain.spec import (
+    CustomSpec,
+    DonorSpec,
+    EvaluationSpec,
     Limits,
     Model,
     Panel,
     RehearsalSpec,
+    RunRef,
+    Spec,
+    Tensor,
+    Term,
     Training,
     encode_spec,
 )
 from swarmchain.store import read_spec
 from swarmchain.timing import KINDS
 from swarmchain.watching import RunWatch
+
+REF = RunRef(run=1, spec="cd" * 32, checkpoint="ef" * 32)
+SPECS: tuple[Spec, ...] = (
+    STATISTICS, TRAINING, REHEARSAL,
+    DonorSpec(**{name: getattr(TRAINING, name) for name in ("name", "panel", "labels", "limits", "seed_checkpoint",
+                                                            "statistics")}),
+    EvaluationSpec(name="how it does", trained=REF, labels=STATISTICS.labels, limits=STATISTICS.limits),
+    CustomSpec(name="ours", tensors=(Tensor(name="w", dtype="float32", shape=(3,)),), limits=TRAINING.limits,
+               seed_checkpoint="ab" * 32))
 
 
 @pytest.fixture(scope="module")
@@ -311,12 +327,23 @@ def test_invalid_metrics_port_that_is_taken() -> None:
 # -- a spec in words
 
 
-@pytest.mark.parametrize("spec", [STATISTICS, TRAINING, REHEARSAL], ids=lambda s: s.task)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.task)
 def test_spec_in_words_leaves_no_field_out(spec: Any) -> None:
     assert set(type(spec).model_fields) - UNSPOKEN <= set(FIELDS)
-    lines = dict(describe_spec(spec))
-    assert spec.name in lines["task"] and lines["leaves the site"]
-    assert len(lines) >= len(set(type(spec).model_fields) - UNSPOKEN)
+    lines = describe_spec(spec)
+    words = dict(lines)
+    assert len(words) == len(lines) == len(set(type(spec).model_fields) - UNSPOKEN) + 2
+    assert spec.name in words["task"] and words["leaves the site"]
+
+
+def test_every_task_is_put_in_words() -> None:
+    assert {type(spec) for spec in SPECS} == set(get_args(Spec))
+    ontology = {"type 0": Term(id="CL:0000084", parent="type 1")}
+    words = dict(describe_spec(STATISTICS.model_copy(update={"ontology": ontology})))
+    assert words["ontology"] == "1 terms: type 0 is CL:0000084 (of type 1)"
+    untrusting = TRAINING.model_copy(update={"merge": Mean(trust=None)})
+    for spec, is_rated in ((TRAINING, True), (untrusting, False)):
+        assert ("contribution does to the loss" in dict(describe_spec(spec))["leaves the site"]) == is_rated
 
 
 def test_field_without_words_is_shown_as_it_stands() -> None:
@@ -348,7 +375,7 @@ def test_duration_in_words(seconds: int, words: str) -> None:
 
 
 def test_no_output_shows_a_secret(swarm: Consortium, trained: tuple[int, int], sites: Path) -> None:
-    """Whatever the commands of this file printed, refusals among them: no password, no key, no salt."""
+    """Whatever the commands of this file printed, refusals among them: no password, no key, no nonce."""
     for words in (("site", "doctor"), ("site", "doctor", "--json"), ("status",), ("consortium", "list"),
                   ("run", "list"), ("run", "watch", trained[0], "--once"), ("run", "watch", trained[0], "--json")):
         swarmchain(*words, "--site", "North/site.toml", folder=sites)
@@ -357,7 +384,7 @@ def test_no_output_shows_a_secret(swarm: Consortium, trained: tuple[int, int], s
         password = (site.folder / "password.txt").read_text().strip()
         secret = Account.decrypt((site.folder / "keystore.json").read_text(), password)
         with contextlib.closing(sqlite3.connect(site.folder / "work" / "journal.sqlite")) as journal:
-            salts = [row[0] for row in journal.execute("select salt from contribution")]
-        assert salts and len(text) > 2_000
-        for hidden in (password, secret.hex().removeprefix("0x"), *salts):
+            nonces = [row[0] for row in journal.execute("select nonce from contribution")]
+        assert nonces and len(text) > 2_000
+        for hidden in (password, secret.hex().removeprefix("0x"), *nonces):
             assert hidden.lower() not in text

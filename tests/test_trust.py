@@ -1,4 +1,4 @@
-"""Who has a share: the rules alone, the rating of contributions, and a swarm with one hostile site among honest ones."""
+"""Who has a share: the rules alone, the rating of contributions, and a swarm with one hostile site among others."""
 
 from __future__ import annotations
 
@@ -260,9 +260,10 @@ def claim(site: int, tensors: Any, labels: tuple[int, ...] = (0, 1, 2)) -> Claim
 
 def test_site_without_a_class_is_rated_on_what_it_was_trained_on(spec: CellTypeSpec) -> None:
     """Whoever never sees a class unlearns it: that is no harm that a site means."""
-    parent, rater = draw_state(spec), make_site(0, spec)
-    trained = train_round(draw_state(spec), rater, spec, round_id=1, site=0).deltas
-    parent = {name: parent[name] + trained.get(name, np.float32(0)) for name in parent}
+    spec = spec.model_copy(update={"training": Training(steps=40, lr=1e-2)})
+    start, rater = draw_state(spec), make_site(0, spec)
+    trained = train_round(start, rater, spec, round_id=1, site=0).deltas
+    parent = {name: value + trained[name] for name, value in start.items()}
     partial = make_site(1, spec)
     partial = replace(partial, train=partial.train[partial.y.numpy()[partial.train] < 2])
     partial = replace(partial, draw=np.ones(len(partial.train)) / len(partial.train))
@@ -313,7 +314,8 @@ def test_cells_to_rate_by_are_few_and_of_every_class(spec: CellTypeSpec) -> None
     site.y[site.validation[1:]] = 0
     site.y[site.validation[0]] = 2
     rows = choose_rows(site)
-    assert len(rows) == CELLS_MAX // 2 + 1 and set(site.y[rows].tolist()) == {0, 2} and set(rows) <= set(site.validation)
+    assert len(rows) == CELLS_MAX // 2 + 1 and set(rows) <= set(site.validation)
+    assert set(site.y[rows].tolist()) == {0, 2}
 
 
 # -- a swarm

@@ -115,8 +115,8 @@ def _describe_details(event: dict[str, Any]) -> str:
                  "parameters": "parameters"}
         return ", ".join(f"{event[key]} {words}" for key, words in known.items() if key in event)
     if event["event"] == "ended":
-        parts = [", ".join(f"{n} rounds {outcome}" for outcome, n in event["rounds"].items())]
-        parts += [f"{name} left out of {n} ({reason})" for name, reasons in event["left_out"].items()
+        parts = ["rounds: " + ", ".join(f"{n} {outcome}" for outcome, n in event["rounds"].items())]
+        parts += [f"{name} left out of {n} of them ({reason})" for name, reasons in event["left_out"].items()
                   for reason, n in reasons.items()]
         return "; ".join(parts)
     if event["event"] == "trained":

@@ -21,16 +21,18 @@ from swarmchain.cli.common import (
 if TYPE_CHECKING:
     from swarmchain.comparing import Comparison
 
+SCORES = {"macro_f1": "macro-F1", "auroc": "AUROC"}
+
 
 @click.command(epilog=example("swarmchain run compare 2 --site north/site.toml"))
 @click.argument("number", type=click.IntRange(min=1))
 @site_option
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for a picture of F1 per class.")
 @click.option("--local-rounds", type=click.IntRange(min=1), default=20, show_default=True,
-              help="How many the swarm's model is trained on, on this site's cells alone, for the last line.")
+              help="How many the swarm's model is trained on, on this site's cells alone.")
 @json_option
 def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int, as_json: bool) -> None:
-    """Home against swarm: say whether this site gains by a run, on its own validation cells.
+    """Home against swarm: say whether this site gains by a run, on its own validation cells or donors.
 
     Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Beside them the
     swarm's model, told this site's own shares of the classes, and the same trained on here. Nothing leaves the site,
@@ -52,7 +54,7 @@ def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int,
 
         for kind in ("png", "svg"):
             plot_f1({"swarm": found.swarm_f1, "home": found.home_f1}, found.labels, found.support,
-                    plots / f"home-against-swarm.{kind}", title=f"Home against swarm, {found.site}")
+                    plots / f"home-against-swarm.{kind}", title=f"Home against swarm, {found.site}", unit=found.unit)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -61,20 +63,26 @@ def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int,
 
 def _print(found: Comparison) -> None:
     width = max(len(label) for label in (*found.labels, "macro-F1"))
-    click.echo(f"{'':<{width}}  {'cells':>7}  {'home':>6}  {'swarm':>6}  {'gain':>7}")
+    click.echo(f"{'':<{width}}  {found.unit:>7}  {'home':>6}  {'swarm':>6}  {'gain':>7}")
     for label, n, home, swarm in zip(found.labels, found.support, found.home_f1, found.swarm_f1, strict=True):
         if home is not None and swarm is not None:
             click.echo(f"{label:<{width}}  {n:>7}  {home:>6.3f}  {swarm:>6.3f}  {swarm - home:>+7.3f}")
     click.echo(f"{'macro-F1':<{width}}  {found.cells:>7}  {found.home:>6.3f}  {found.swarm:>6.3f}  "
-               f"{found.difference:>+7.3f}")
-    click.echo(f"95 % of the differences lie in {found.low:+.3f} to {found.high:+.3f} (bootstrap over the cells)")
+               f"{found.swarm - found.home:>+7.3f}")
+    if found.areas is not None:
+        home, swarm = found.areas
+        click.echo(f"{'AUROC':<{width}}  {found.cells:>7}  {home:>6.3f}  {swarm:>6.3f}  {found.difference:>+7.3f}")
+    drawn = "cells" if found.unit == "cells" else "donors, each with all its samples"
+    click.echo(f"95 % of the differences in {SCORES[found.score]} lie in {found.low:+.3f} to {found.high:+.3f} "
+               f"(bootstrap over the {drawn})")
     for how, variant in (("told this site's own shares of the classes", found.own_shares),
-                         (f"trained {found.trained_on_rounds} rounds more on this site's cells", found.trained_on)):
-        click.echo(f"the swarm's model, {how}: {variant.macro_f1:.3f}, gain {variant.macro_f1 - found.home:+.3f} "
+                         (f"trained {found.trained_on_rounds} rounds more at this site", found.trained_on)):
+        click.echo(f"the swarm's model, {how}: {variant.score:.3f}, gain {variant.gain:+.3f} "
                    f"({variant.low:+.3f} to {variant.high:+.3f})")
     words = {
-        "gains": f"{found.site} gains: the swarm's model calls its cells better than one of its own.",
-        "loses": f"{found.site} loses: a model of its own calls its cells better than the swarm's.",
-        "undecided": f"{found.site}: too close to tell; {found.cells} validation cells cannot show a difference.",
+        "gains": f"{found.site} gains: the swarm's model calls its {found.unit} better than one of its own.",
+        "loses": f"{found.site} loses: a model of its own calls its {found.unit} better than the swarm's.",
+        "undecided": f"{found.site}: too close to tell; {found.cells} validation {found.unit} cannot show a "
+                     "difference.",
     }
     click.echo(words[found.verdict])

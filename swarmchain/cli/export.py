@@ -44,10 +44,11 @@ def export(number: int, site_file: Path, out: Path, evaluation: int | None, as_j
                     "files": [*files, *pictures], "card": release.card.model_dump(mode="json")})
         return
     click.echo(f"run {number}, round {view.finalized_round}: checkpoint {view.checkpoint}")
-    found = release.card.evaluation
+    found, unit = release.card.evaluation, "samples" if release.card.task == "donor" else "cells"
     if found is None:
         click.echo("no evaluation: confidences are not calibrated, and nothing is marked unknown")
     else:
-        click.echo(f"macro-F1 {found.macro_f1:.3f} on {found.cells} validation cells; temperature {found.temperature}; "
-                   f"unknown below {found.threshold}" + ("" if found.is_reached else " (the target was not reached)"))
+        click.echo(f"macro-F1 {found.macro_f1:.3f} on {found.cells} validation {unit}; temperature "
+                   f"{found.temperature}; unknown below {found.threshold}"
+                   + ("" if found.is_reached else " (the target was not reached)"))
     click.echo(f"wrote {', '.join([f'{out}/{files[0]}', *files[1:], *pictures])}")

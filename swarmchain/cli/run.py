@@ -77,12 +77,14 @@ def cell_type(site_file: Path, out: Path, **options: Any) -> None:
 @click.option("--name", default="evaluation", show_default=True, help="What the sites call it.")
 @click.option("--sites", type=click.IntRange(1, 256), show_default="all of the training run",
               help="Sites that the first round waits for.")
-@click.option("--cells-min", type=click.IntRange(min=1), help="Validation cells that a site must have to take part.")
+@click.option("--cells-min", type=click.IntRange(min=1),
+              help="Validation cells that a site must have to take part; samples, where the model calls donors.")
+@click.option("--donors-min", type=click.IntRange(min=0), help="Donors that these must come from.")
 @click.option("--right-share-min", type=click.FloatRange(0, 1),
               help="Share of the calls above the unknown threshold that must be right.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The spec to write.")
 def evaluation(site_file: Path, trained: int, name: str, sites: int | None, cells_min: int | None,
-               right_share_min: float | None, out: Path) -> None:
+               donors_min: int | None, right_share_min: float | None, out: Path) -> None:
     """A run that sums how a finished model does on every site's validation cells."""
     from swarmchain.evaluating import plan_evaluation, read_trained
     from swarmchain.spec import encode_spec
@@ -91,10 +93,10 @@ def evaluation(site_file: Path, trained: int, name: str, sites: int | None, cell
     config = load(site_file)
     view = connect(config).view_run(trained)
     spec = plan_evaluation(read_trained(open_store(config), view), view, name=name, sites_to_start=sites or 0,
-                           cells_min=cells_min, right_share_min=right_share_min)
+                           cells_min=cells_min, donors_min=donors_min, right_share_min=right_share_min)
     write_file(out, encode_spec(spec))
     click.echo(f"wrote {out}: {len(spec.labels)} labels, {len(spec.temperatures)} temperatures; a site needs "
-               f"{spec.cells_min} validation cells")
+               f"{spec.cells_min} validation cells or samples, of {spec.donors_min} donors")
 
 
 @new.command(epilog=example("swarmchain run new rehearsal --sites 3 --rounds 5 --out rehearsal.json"))

@@ -117,8 +117,8 @@ def _tell(found: SiteCard, *, told: str, as_json: bool, target: Path) -> None:
     else:
         click.echo(f"{found.name} {told}: address {found.address}, {len(found.features)} features, "
                    f"{len(found.labels)} labels\n"
-                   f"see {target}, keystore.json and seal-key.json (keep both and their password safe)\n"
-                   "and site-card.json (for the others)")
+                   f"see {target}, keystore.json and seal-key.json (keep both and their password safe),\n"
+                   "and site-card.json, which the others find in the store")
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmchain.cli.common import ask_password, example, json_option, load, print_json
-from swarmchain.config import read_deployment
+from swarmchain.cli.common import ask_password, example, json_option, load, print_json, unlock_seal_key
+from swarmchain.config import SiteConfig, read_deployment
 from swarmchain.errors import AuditFailed, ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swarmchain.protocol import RoundKey
     from swarmchain.store import Store
 
+UNDISCLOSED = "is sealed, and its key was not disclosed"
 MARKS = {True: click.style("✓", fg="green"), False: click.style("✗", fg="red")}
 
 
@@ -26,7 +27,7 @@ MARKS = {True: click.style("✓", fg="green"), False: click.style("✗", fg="red
                               "--store /mnt/swarm --out audit"))
 @click.argument("number", type=click.IntRange(min=1))
 @click.option("--site", "site_file", type=click.Path(path_type=Path, dir_okay=False),
-              help="A site's settings, in place of the next three options.")
+              help="A site's settings, in place of the next three options; opens what is sealed to that site.")
 @click.option("--rpc", "rpc_urls", multiple=True, help="URL of an Ethereum node, best one's own; repeatable.")
 @click.option("--deployment", type=click.Path(path_type=Path, dir_okay=False),
               help="deployment.json, as the consortium published it.")
@@ -51,7 +52,7 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
     from swarmchain.page import write_audit
     from swarmchain.store import Store, open_store
 
-    store = None
+    store, config = None, None
     if site_file is not None:
         config = load(site_file)
         rpc_urls = rpc_urls or tuple(config.rpc_urls)
@@ -60,7 +61,10 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
     if not rpc_urls or deployment is None or (store is None and store_url is None):
         raise ConfigError("where are chain and store?", hint="give --rpc, --deployment and --store, or --site")
     record, store = read_record(_open(rpc_urls, deployment), number), store or Store(str(store_url))
-    store = _disclose(store, disclosed, auditor_key, record.key_of(number, 0))
+    if disclosed is not None:
+        store = _disclose(store, disclosed, auditor_key, record.key_of(number, 0))
+    elif record.view.finalized_round and store.has_envelope(record.view.checkpoint):
+        store = _open_sealed(store, config)
     say = _print_round if not as_json else (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="swarmchain-verify-") as folder:
         audit = audit_run(record, store, spool_folder=Path(folder), is_fast=is_fast, say=say)
@@ -72,15 +76,27 @@ def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deplo
         click.echo(f"wrote {', '.join(map(str, files))}")
     if not audit.is_sound:
         count = len(audit.all_findings)
+        hint = "keep store and audit.json as they are; a site that holds the right file can put it back"
+        if any(words.endswith(UNDISCLOSED) for words in audit.all_findings):
+            hint = ("the run is sealed: make a key with `run auditor-key`, and let a site disclose the run to it with "
+                    "`run disclose`")
         raise AuditFailed(f"run {number} is not proven: {audit.all_findings[0]}" + (
-            f" (and {count - 1} more)" if count > 1 else ""),
-            hint="keep store and audit.json as they are; a site that holds the right file can put it back")
+            f" (and {count - 1} more)" if count > 1 else ""), hint=hint)
 
 
-def _disclose(store: Store, disclosed: Path | None, auditor_key: Path | None, key: RoundKey) -> Store:
-    """The store with what was disclosed of it, if anything was."""
-    if disclosed is None:
-        return store
+def _open_sealed(store: Store, config: SiteConfig | None) -> Store:
+    """A sealed run's store: to the site's own key, or to nobody; then each blob is said to be sealed."""
+    from swarmchain.sealed import DisclosedStore, SealedStore
+
+    key = None if config is None else unlock_seal_key(config)
+    if key is None:
+        return DisclosedStore(store, {})
+    # an audit reads: with no members there is no box to put right
+    return SealedStore(store, key, context="", members=tuple)
+
+
+def _disclose(store: Store, disclosed: Path, auditor_key: Path | None, key: RoundKey) -> Store:
+    """The store with what was disclosed of it."""
     if auditor_key is None:
         raise ConfigError("--keys is sealed to an auditor's key", hint="name it with --auditor-key")
     from swarmchain.keys import PASSWORD_VARIABLE, open_seal_key
