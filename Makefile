@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROOFS := .venv-proofs
 FORGE = $(firstword $(wildcard node_modules/@foundry-rs/forge-*/bin/forge) forge)
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check check-deep mutants bench docs site setup compile snapshot clean
@@ -22,7 +23,7 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python deploy/compile.py --check
 	$(BIN)/python docs/generate_cli.py --check
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(MKDOCS) --quiet
 
 # what takes too long for every change: see docs/verification.md for what and how long
 check-deep: setup $(PROOFS)/.done
@@ -41,7 +42,7 @@ docs: setup
 	$(BIN)/python docs/generate_cli.py
 
 site: setup
-	$(BIN)/python -m mkdocs build --strict
+	$(MKDOCS)
 
 compile: setup
 	$(BIN)/python deploy/compile.py

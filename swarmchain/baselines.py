@@ -19,7 +19,7 @@ from swarmchain.certify import Arrays
 from swarmchain.metrics import compute_f1, compute_macro_f1, summarize_f1
 from swarmchain.model import load_model, predict_probabilities
 from swarmchain.selection import SiteData
-from swarmchain.shares import apply_shares, compute_drawn, compute_own
+from swarmchain.shares import apply_shares, compute_drawn, count_own
 from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
 from swarmchain.trainer import prepare_training, train_round
 
@@ -48,7 +48,7 @@ def score_at_home(parameters: Arrays, data: SiteData, cells_per_label: npt.NDArr
 def predict_at_home(parameters: Arrays, x: Floats, spec: CellTypeSpec, *, data: SiteData,
                     cells_per_label: npt.NDArray[np.generic]) -> Ints:
     """As `predict`, once the shares of the classes among a site's training cells are allowed for; see `shares`."""
-    own = compute_own(np.bincount(data.y[data.train], minlength=len(spec.labels)))
+    own = count_own(data.y[data.train], len(spec.labels))
     probabilities = predict_probabilities(load_model(spec, parameters), x)
     told = apply_shares(probabilities, own, compute_drawn(cells_per_label, spec))
     called: Ints = told.argmax(axis=1).astype(np.int64)
@@ -72,7 +72,7 @@ def train_alone(data: SiteData, seed: Arrays, spec: TrainedSpec, *, site: int, r
     return parameters
 
 
-def train_on(parameters: Arrays, data: SiteData, spec: TrainedSpec, *, site: int, constants: Arrays, rounds: int
+def train_on(parameters: Arrays, data: SiteData, spec: CellTypeSpec, *, site: int, constants: Arrays, rounds: int
              ) -> dict[str, Any]:
     """A swarm's model after some rounds more on one site's cells alone, drawn as often as they are there.
 

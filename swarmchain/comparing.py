@@ -4,21 +4,20 @@ The hospital's own model is trained here and now, from the same seed checkpoint,
 and steps as the swarm's. Both are scored on this site's validation cells, or the samples of its validation donors,
 which neither was trained on. Nothing leaves the site.
 
-A site's own model knows how often its classes are, and a swarm's expects them as often as training drew them. So two
-variants stand beside the swarm's: the same model told the site's own shares of the classes (`shares`), and the same
-trained for some rounds more on the site's own cells.
+A site's own model knows how often its classes are, and a swarm's expects them as often as training drew them. So for
+models of cells two more stand beside the swarm's: the same model told the site's own shares of the classes (`shares`),
+and the same trained for some rounds more on the site's own cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from swarmchain.agreement import count_samples
 from swarmchain.baselines import TRAINED_ON_ROUNDS, train_alone, train_on
 from swarmchain.baselines_donors import predict_samples
 from swarmchain.calibration import compute_class_scores
@@ -28,29 +27,25 @@ from swarmchain.errors import DataError
 from swarmchain.examples import list_owners, prepare_validation
 from swarmchain.metrics import compute_auroc, compute_macro_f1
 from swarmchain.protocol import RunView, derive_seed
-from swarmchain.selection import SiteData
-from swarmchain.shares import apply_shares, compute_drawn, compute_own
-from swarmchain.spec import DonorSpec, TrainedSpec
+from swarmchain.shares import apply_shares, compute_drawn, count_own
+from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
 from swarmchain.store import Store, read_checkpoint
 from swarmchain.work import load_statistics_source, read_own
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 RESAMPLES = 1000
+VARIANTS = ("own_shares", "trained_on")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The swarm's model as this site may use it: its score, and the gain over the site's own model with its bounds."""
+    """The swarm's model as this site may use it: macro-F1, F1 per label, and bounds of its gain over the site's own."""
 
-    score: float
-    gain: float
+    macro_f1: float
+    f1: tuple[float | None, ...]
     low: float
     high: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {"score": self.score, "difference": self.gain, "interval": [self.low, self.high]}
 
 
 @dataclass(frozen=True)
@@ -75,11 +70,10 @@ class Comparison:
     swarm_f1: tuple[float | None, ...]
     low: float
     high: float
-    own_shares: Variant
-    trained_on: Variant
-    trained_on_rounds: int
     areas: tuple[float, float] | None = None
     unit: str = "cells"
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    trained_on_rounds: int = 0
 
     @property
     def difference(self) -> float:
@@ -98,14 +92,20 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        rows = zip(self.labels, self.support, self.home_f1, self.swarm_f1, strict=True)
+        rows = enumerate(zip(self.labels, self.support, self.home_f1, self.swarm_f1, strict=True))
         return {
             "site": self.site, "run": self.run, "rounds": self.rounds, self.unit: self.cells, "score": self.score,
-            "macro_f1": {"home": self.home, "swarm": self.swarm}, "difference": self.difference,
+            "macro_f1": {"home": self.home, "swarm": self.swarm,
+                         **{name: variant.macro_f1 for name, variant in self.variants.items()}},
+            "difference": self.difference,
             "auroc": None if self.areas is None else dict(zip(("home", "swarm"), self.areas, strict=True)),
-            "interval": [self.low, self.high], "verdict": self.verdict, "own_shares": self.own_shares.to_dict(),
-            "trained_on": {**self.trained_on.to_dict(), "rounds": self.trained_on_rounds},
-            "per_class": {label: {"support": n, "home": home, "swarm": swarm} for label, n, home, swarm in rows if n},
+            "differences": {name: {"value": variant.macro_f1 - self.home, "interval": [variant.low, variant.high]}
+                            for name, variant in self.variants.items()},
+            "trained_on_rounds": self.trained_on_rounds,
+            "interval": [self.low, self.high], "verdict": self.verdict,
+            "per_class": {label: {"support": n, "home": home, "swarm": swarm,
+                                  **{name: variant.f1[i] for name, variant in self.variants.items()}}
+                          for i, (label, n, home, swarm) in rows if n},
         }
 
 
@@ -142,36 +142,26 @@ def compare_site(config: SiteConfig, store: Store, view: RunView, spec: TrainedS
     home = train(data, seed, spec, site=site, rounds=view.finalized_round)
     examples = prepare_validation(data, spec, checkpoint)
     truth, classes = examples.y.numpy()[examples.validation], len(spec.labels)
-    more = train_on(checkpoint, data, spec, site=site, constants=seed, rounds=rounds)
-    states = {"home": home, "swarm": checkpoint, "trained_on": more}
-    chances = {name: predict_samples(state, examples, spec) for name, state in states.items()}
-    chances["own_shares"] = _tell_shares(chances["swarm"], data, store, spec)
+    chances = {name: predict_samples(state, examples, spec) for name, state in (("home", home), ("swarm", checkpoint))}
+    if isinstance(spec, CellTypeSpec):
+        chances["own_shares"] = apply_shares(chances["swarm"], count_own(data.y[data.train], classes),
+                                             compute_drawn(_read_counts(store, spec), spec))
+        more = train_on(checkpoint, data, spec, site=site, constants=seed, rounds=rounds)
+        chances["trained_on"] = predict_samples(more, examples, spec)
     by_donor = isinstance(spec, DonorSpec)
     owners = list_owners(data, examples) if by_donor else np.arange(len(truth))
     area = isinstance(spec, DonorSpec) and spec.score == "auroc" and len(np.unique(truth)) == 2
-    score = _score_area if area else _score_f1
-    bounds = _resample(truth, chances, owners, score=score)
-    scores = {name: score(truth, found) for name, found in chances.items()}
-    own, on = (Variant(scores[key], scores[key] - scores["home"], *bounds[key]) for key in ("own_shares", "trained_on"))
+    bounds = _resample(truth, chances, owners, score=_score_area if area else _score_f1)
     f1 = {name: _score_classes(truth, found.argmax(axis=1), classes) for name, found in chances.items()}
     return Comparison(
         site=config.name, run=view.run, rounds=view.finalized_round, cells=len(truth), labels=spec.labels,
         support=tuple(np.bincount(truth, minlength=classes).tolist()), home=_score_f1(truth, chances["home"]),
         swarm=_score_f1(truth, chances["swarm"]), home_f1=f1["home"], swarm_f1=f1["swarm"], low=bounds["swarm"][0],
-        high=bounds["swarm"][1], areas=(scores["home"], scores["swarm"]) if area else None, own_shares=own,
-        trained_on=on, trained_on_rounds=rounds,
-        unit="samples" if by_donor else "cells")
-
-
-def _tell_shares(chances: Floats, data: SiteData, store: Store, spec: TrainedSpec) -> Floats:
-    """The swarm's probabilities once this site's shares of the labels are allowed for."""
-    source, labels = load_statistics_source(store, spec), len(spec.labels)
-    sums = read_checkpoint(store, spec.statistics.checkpoint, source)
-    is_by_donor = isinstance(spec, DonorSpec)
-    counts = sums["samples_per_label" if is_by_donor else "cells_per_label"]
-    drawn = compute_drawn(counts[[source.labels.index(label) for label in spec.labels]], spec)
-    own = count_samples(data, labels=labels) if is_by_donor else np.bincount(data.y[data.train], minlength=labels)
-    return apply_shares(chances, compute_own(own), drawn)
+        high=bounds["swarm"][1],
+        areas=(_score_area(truth, chances["home"]), _score_area(truth, chances["swarm"])) if area else None,
+        unit="samples" if by_donor else "cells", trained_on_rounds=0 if by_donor else rounds,
+        variants={name: Variant(_score_f1(truth, chances[name]), f1[name], *bounds[name])
+                  for name in VARIANTS if name in chances})
 
 
 def _score_f1(truth: Ints, chances: Floats) -> float:
@@ -182,6 +172,13 @@ def _score_area(truth: Ints, chances: Floats) -> float:
     return compute_auroc(truth, chances[:, 1])
 
 
+def _read_counts(store: Store, spec: CellTypeSpec) -> npt.NDArray[np.generic]:
+    """Training cells of every label of the run over all sites."""
+    source = load_statistics_source(store, spec)
+    counts = read_checkpoint(store, spec.statistics.checkpoint, source)["cells_per_label"]
+    return counts[[source.labels.index(label) for label in spec.labels]]
+
+
 def _score_classes(truth: Ints, called: Ints, classes: int) -> tuple[float | None, ...]:
     confusion = np.bincount(truth * classes + called, minlength=classes * classes).reshape(classes, classes)
     return tuple(compute_class_scores(confusion)[0])
@@ -189,7 +186,7 @@ def _score_classes(truth: Ints, called: Ints, classes: int) -> tuple[float | Non
 
 def _resample(truth: Ints, chances: dict[str, Floats], owners: Ints, *, score: Callable[[Ints, Floats], float]
               ) -> dict[str, tuple[float, float]]:
-    """95 % of every model's gains over `home`, over draws of owners with all that is theirs.
+    """95 % of every arm's gains over `home`, where owners are drawn with all that is theirs.
 
     Draws without a score do not count.
     """
@@ -197,11 +194,12 @@ def _resample(truth: Ints, chances: dict[str, Floats], owners: Ints, *, score: C
     _, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
     order = np.argsort(owner, kind="stable")
     rows_of = np.split(order, np.cumsum(counts)[:-1])
-    gains = []  # [resamples][models]
+    gains: dict[str, list[float]] = {name: [] for name in chances if name != "home"}
     for _ in range(RESAMPLES):
         drawn = generator.integers(len(rows_of), size=len(rows_of))
         rows = order[drawn] if len(rows_of) == len(truth) else np.concatenate([rows_of[i] for i in drawn])
-        scores = {name: score(truth[rows], found[rows]) for name, found in chances.items()}
-        gains.append([value - scores["home"] for value in scores.values()])
-    low, high = np.nanquantile(gains, [0.025, 0.975], axis=0)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(chances)}
+        at_home = score(truth[rows], chances["home"][rows])
+        for name, found in gains.items():
+            found.append(score(truth[rows], chances[name][rows]) - at_home)
+    return {name: (float(low), float(high)) for name, (low, high) in
+            ((name, np.nanquantile(found, [0.025, 0.975])) for name, found in gains.items())}

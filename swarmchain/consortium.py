@@ -164,8 +164,8 @@ class Consortium:
 def start_consortium(
     folder: Path, files: Mapping[str, Path | None], *, seed: int, label_column: str = "",
     label_map: Mapping[str, str] | None = None, state: str = "auto", donor_column: str | None = None,
-    sample_column: str | None = None, classes_min: int = 2,
-    polling: Polling = Polling(), chain_options: Sequence[str] = (),
+    sample_column: str | None = None, classes_min: int = 2, polling: Polling = Polling(),
+    chain_options: Sequence[str] = (),
 ) -> Iterator[Consortium]:
     """A chain, a contract and sites, all under `folder`, while the context lasts.
 

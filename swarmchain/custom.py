@@ -72,7 +72,8 @@ def plan_custom(model: nn.Module, *, name: str, limits: Limits, settings: Settin
         draft = CustomSpec(
             name=name, limits=limits, tensors=tuple(Tensor.model_validate(t) for t in tensors), local=tuple(local),
             settings=dict(settings or {}), code=None if code is None else digest_file(code),
-            merge=merge or ClippedMean(), codec=codec, gate=gate or Gate(), seed_checkpoint="0" * 64)
+            merge=(merge or ClippedMean()).model_copy(update={"trust": None}), codec=codec, gate=gate or Gate(),
+            seed_checkpoint="0" * 64)
     except ValidationError as exc:
         raise SpecError(f"no run can be made of this network: {first_problem(exc)}") from exc
     layout = checkpoint_layout(draft)

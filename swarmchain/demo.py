@@ -35,13 +35,14 @@ from swarmchain.page import write_audit
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
-from swarmchain.report import Predictions, format_metrics_table, write_report
+from swarmchain.report import Predictions, draw_figures, format_metrics_table, write_report
 from swarmchain.selection import SiteData, select_panel
 from swarmchain.spec import CellTypeSpec, Limits, Model, Training, encode_spec
 from swarmchain.store import read_checkpoint
 from swarmchain.summary import build_rounds, measure_gas, summarize_timing, to_json
 
 LEFTOVERS = "swarm"
+SITE_CELLS_MAX = 500  # of a site, in the picture of all sites' cells
 
 __all__ = ["run_demo"]
 
@@ -61,7 +62,7 @@ def run_demo(
     *, data: Path | None, splits: Path | None, label_column: str, out: Path, rounds: int | None, seed: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Do everything and write `out`: summary.json, report.html, model.safetensors, spec.json, annotated.h5ad, audit/.
+    """Do everything and write `out`: summary.json, report.html, figures, model, spec, annotated.h5ad, audit/.
 
     `out`/swarm keeps chain, contract and store, for `swarmchain devchain --state` and `swarmchain run verify`.
 
@@ -179,14 +180,15 @@ def _conclude(
     write_audit(out / "audit", audit)
     summary["audit"] = {"findings": audit.all_findings, "finalized": sum(bool(r.checkpoint) for r in audit.rounds),
                         "recomputed": sum(r.is_recomputed for r in audit.rounds)}
-    umap = _embed(dealt, test)
+    umap, umap_sites, sites = _embed(dealt, test, data, final)
     summary["timing_s"] = summarize_timing(watched.events, run, total=time.monotonic() - times[0], setup=times[1])
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "model.safetensors", blob)
     write_file(out / "spec.json", encode_spec(spec))
     _write_annotated(out / "annotated.h5ad", test, predicted, umap, spec)
-    write_report(out / "report.html", summary=summary, predictions=Predictions(
-        labels=spec.labels, truth=test.y, predicted=predicted, umap=umap, sites=test.sites))
+    predictions = Predictions(spec.labels, test.y, predicted, umap, test.sites, umap_sites, sites)
+    figures = draw_figures(out / "figures", summary=summary, predictions=predictions)
+    write_report(out / "report.html", summary=summary, predictions=predictions, figures=figures)
     write_file(out / "summary.json", to_json(summary))
     return summary
 
@@ -221,19 +223,31 @@ def _load_test(dealt: Dealt, spec: CellTypeSpec, constants: Arrays) -> TestCells
     return TestCells(np.concatenate(xs), np.concatenate(ys), np.concatenate(names), np.concatenate(sites))
 
 
-def _embed(dealt: Dealt, test: TestCells) -> Any:
-    """UMAP of the test cells: the published one of the embedded data, else scanpy's on the standardised panel."""
+def _embed(dealt: Dealt, test: TestCells, data: dict[str, SiteData], constants: Arrays) -> tuple[Any, Any, Any]:
+    """UMAP of the test cells, that of sites' own cells, and the sites of these.
+
+    The published one of the embedded data, else scanpy's on the standardised panel, of so many cells of each site.
+    """
     if dealt.umap:
-        return np.array([dealt.umap[name] for name in test.names.tolist()], dtype=np.float32)
+        names = {site: anndata.read_h5ad(path, backed="r").obs_names for site, path in dealt.files.items()}
+        own = [dealt.umap[name] for site in names for name in names[site]]
+        return (np.array([dealt.umap[name] for name in test.names.tolist()], dtype=np.float32),
+                np.array(own, dtype=np.float32), np.repeat(list(names), [len(n) for n in names.values()]))
     import scanpy
+
+    parts = {}
+    for site, cells in data.items():
+        rows = np.unique(np.linspace(0, len(cells.y) - 1, min(len(cells.y), SITE_CELLS_MAX)).astype(np.int64))
+        parts[site] = standardize(cells.x[rows], cells.present, constants)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba and umap on threads and seeds
-        data = anndata.AnnData(test.x)
-        scanpy.pp.pca(data, n_comps=min(30, min(test.x.shape) - 1), random_state=0)
-        scanpy.pp.neighbors(data, n_neighbors=15, random_state=0)
-        scanpy.tl.umap(data, random_state=0)
-    return np.asarray(data.obsm["X_umap"], dtype=np.float32)
+        table = anndata.AnnData(np.concatenate([test.x, *parts.values()]))
+        scanpy.pp.pca(table, n_comps=min(30, min(table.shape) - 1), random_state=0)
+        scanpy.pp.neighbors(table, n_neighbors=15, random_state=0)
+        scanpy.tl.umap(table, random_state=0)
+    umap = np.asarray(table.obsm["X_umap"], dtype=np.float32)
+    return umap[: len(test.y)], umap[len(test.y) :], np.repeat(list(parts), [len(x) for x in parts.values()])
 
 
 def _write_annotated(path: Path, test: TestCells, predicted: Any, umap: Any, spec: CellTypeSpec) -> None:

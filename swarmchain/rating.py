@@ -7,12 +7,14 @@ without monocytes unlearns them in all honesty, until the merge has the others' 
 no worse. A fifth, because a whole step of one site's training overshoots on the cells of another: it would say more of
 how the sites differ than of who is hostile. The number does not depend on how many sites there are, nor on their
 weights.
+
+From the effect one standard error is taken off: a site with a handful of validation cells accuses nobody by chance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -44,16 +46,14 @@ def rate_contributions(parent: Arrays, claims: Iterable[Claim], cells: Examples,
         return ()
     y, model = cells.y.numpy()[rows], build_model(spec)
 
-    def measure(state: Arrays) -> dict[int, float]:
+    def measure(state: Arrays) -> npt.NDArray[np.float64]:
         load_state(model, state)
         return compute_losses(cells.predict(model, rows), y)
 
     start, found = measure(parent), []
     for claim in claims:
         moved = measure({**parent, **_move(parent, claim.tensors, STEP * claim.clip_factor)})
-        chosen = [label for label in start if label in claim.labels] or list(start)
-        effect = math.fsum(moved[label] - start[label] for label in chosen) / len(chosen)
-        found.append(Rating(site=claim.site, effect_mnat=_to_mnat(effect)))
+        found.append(Rating(site=claim.site, effect_mnat=_to_mnat(compute_effect(moved - start, y, claim.labels))))
     return tuple(sorted(found, key=lambda rating: rating.site))
 
 
@@ -75,11 +75,24 @@ def choose_rows(cells: Examples) -> npt.NDArray[np.int64]:
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def compute_losses(probabilities: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> dict[int, float]:
-    """Mean cross-entropy of each class's cells, in nat, from class probabilities [N, C] and labels [N]."""
+def compute_losses(probabilities: npt.NDArray[np.float32], y: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Cross-entropy of each cell, [N], in nat, from class probabilities [N, C] and labels [N]."""
     likelihoods = probabilities[np.arange(len(y)), y].astype(np.float64)
-    losses = -np.log(np.maximum(likelihoods, np.finfo(np.float32).tiny))
-    return {int(label): float(losses[y == label].mean()) for label in np.unique(y)}
+    losses: npt.NDArray[np.float64] = -np.log(np.maximum(likelihoods, np.finfo(np.float32).tiny))
+    return losses
+
+
+def compute_effect(changes: npt.NDArray[np.float64], y: npt.NDArray[np.int64], claimed: Collection[int]) -> float:
+    """Mean over the claimed classes of their cells' mean change of loss, less its standard error.
+
+    `changes` and `y` are [N]. Of the classes that occur, the claimed ones count, or all if none of these occurs. The
+    standard error is that of a stratified mean, √(Σ s²/n) / classes; of a class with one cell it is the change itself.
+    """
+    present = np.unique(y).tolist()
+    chosen = [label for label in present if label in claimed] or present
+    groups = [changes[y == label] for label in chosen]
+    errors = [float(g.var(ddof=1)) / len(g) if len(g) > 1 else float(g[0]) ** 2 for g in groups]
+    return (math.fsum(float(g.mean()) for g in groups) - math.sqrt(math.fsum(errors))) / len(chosen)
 
 
 def _move(parent: Arrays, tensors: Arrays, factor: float) -> Arrays:

@@ -168,7 +168,7 @@ def _describe_round(record: RoundRecord, names: Mapping[int, str]) -> RoundRow:
     manifest = record.manifest
     return RoundRow.model_validate({
         "round": record.round_id, "outcome": record.outcome.name.lower(), "checkpoint": record.checkpoint or None,
-        "included": [names[item.site] for item in manifest.included if not item.doubt] if manifest else (),
+        "included": tuple(names[item.site] for item in manifest.included if not item.doubt) if manifest else (),
         "excluded": {names[site]: reason for site, reason in _find_left_out(manifest)} if manifest else {},
         "scores": {names[site]: score / BPS for site, score in sorted(record.scores.items())},
     })

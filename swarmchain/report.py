@@ -30,13 +30,18 @@ TIMES = tuple(TIME_COLOURS)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Held-out cells: class names, true and predicted index [cells], UMAP [cells, 2], the site of each cell."""
+    """Held-out cells: class names, true and predicted index [cells], UMAP [cells, 2], the site of each cell.
+
+    `own_umap` and `own_sites` are of cells that the sites hold, in the same coordinates.
+    """
 
     labels: tuple[str, ...]
     truth: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     umap: npt.NDArray[np.float32]
     sites: npt.NDArray[np.str_]
+    own_umap: npt.NDArray[np.float32]
+    own_sites: npt.NDArray[np.str_]
 
 
 def format_metrics_table(summary: Mapping[str, Any]) -> Table:
@@ -55,21 +60,62 @@ def format_metrics_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def write_report(path: Path, *, summary: Mapping[str, Any], predictions: Predictions) -> None:
-    """Write the page. Raises `ConfigError` if the folder cannot be written."""
+def write_report(path: Path, *, summary: Mapping[str, Any], predictions: Predictions,
+                 figures: Sequence[Path] = ()) -> None:
+    """Write the page; it names the folder of `figures`. Raises `ConfigError` if the folder cannot be written."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("swarmchain"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters["number"] = _number
     environment.filters["bytes"] = _bytes
+    environment.filters["share"] = _share
+    points, own = _points(predictions, [site["name"] for site in summary["sites"]])
     page = environment.get_template("report.html").render(
         s=summary, arms=ARMS, colours=_colours(len(predictions.labels)), labels=predictions.labels,
         site_colours=_colours(len(summary["sites"])), curves=_curves(summary), confusion=_confusion(predictions),
-        points=_points(predictions), time_colours=TIME_COLOURS, timing=_timing(summary["timing_s"]["rounds"]),
-        grid=_grid(summary),
+        points=points, own=own, figures=figures, wrong=sum(point[2] != point[3] for point in points),
+        time_colours=TIME_COLOURS,
+        timing=_timing(summary["timing_s"]["rounds"]), grid=_grid(summary),
     )
     write_file(path, page.encode())
+
+
+def draw_figures(folder: Path, *, summary: Mapping[str, Any], predictions: Predictions) -> list[Path]:
+    """The page's figures for other uses, as PNG and SVG: curves by round, confusion, F1, UMAPs of the held-out cells.
+
+    Raises `ConfigError` if the folder cannot be written.
+    """
+    import anndata
+    import pandas as pd
+
+    from swarmchain.plots import plot_confusion, plot_curves, plot_f1, plot_umap
+
+    labels, metrics, rounds = list(predictions.labels), summary["metrics"], summary["rounds"]
+    scores = {site["name"]: [row["scores"].get(site["name"]) for row in rounds] for site in summary["sites"]}
+    counts = np.array([[n for n, _ in row] for row in _confusion(predictions)], dtype=np.int64)
+    arms = {words: [metrics[key]["per_class"].get(label) for label in labels]
+            for key, words in (("swarm", "swarm"), ("central", "central"), ("local_mean", "a site alone, mean"))}
+    obs = {"label": np.array(labels)[predictions.truth], "call": np.array(labels)[predictions.predicted],
+           "right": predictions.truth == predictions.predicted}
+    cells = anndata.AnnData(obs=pd.DataFrame(obs, index=np.arange(len(predictions.truth)).astype(str)),
+                            obsm={"X_umap": predictions.umap})
+    own = anndata.AnnData(obs=pd.DataFrame({"site": predictions.own_sites}, index=np.arange(
+        len(predictions.own_sites)).astype(str)), obsm={"X_umap": predictions.own_umap})
+    lines = {words: metrics[key]["macro_f1"] for key, words in (("central", "central"), ("local_mean", "local mean"))}
+    titles = ("Held-out cells by true type", "Held-out cells by the swarm's call", "Right and wrong calls")
+    stems, drawn = ("curves", "confusion", "f1", *(f"umap-{column}" for column in obs), "umap-site"), []
+    for kind in ("png", "svg"):
+        names = [folder / f"{stem}.{kind}" for stem in stems]
+        plot_curves([row["round_id"] for row in rounds], scores, names[0], title="Macro-F1 by round",
+                    test=[row["test_macro_f1"] for row in rounds], lines=lines)
+        plot_confusion(counts, labels, names[1], title="Held-out cells, swarm")
+        plot_f1(arms, labels, [int(n) for n in counts.sum(axis=1)], names[2], title="F1 on held-out cells")
+        for path, column, words in zip(names[3:-1], obs, titles, strict=True):
+            plot_umap(cells, column, path, title=words)
+        plot_umap(own, "site", names[-1], title="The sites' own cells")
+        drawn += names
+    return drawn
 
 
 def _colours(count: int) -> list[str]:
@@ -78,6 +124,10 @@ def _colours(count: int) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return "1" if value >= 0.995 else "<.01" if value < 0.01 else f"{value:.2f}".lstrip("0")
 
 
 def _bytes(value: float) -> str:
@@ -120,14 +170,20 @@ def _confusion(predictions: Predictions) -> list[list[tuple[int, float]]]:
     return [[(int(n), float(n / max(row.sum(), 1))) for n in row] for row in counts]
 
 
-def _points(predictions: Predictions) -> list[tuple[float, float, int, int]]:
-    """UMAP positions in a box of 300 × 300, true label, predicted label."""
-    low, high = predictions.umap.min(axis=0), predictions.umap.max(axis=0)
-    unit = (predictions.umap - low) / np.where(high > low, high - low, 1.0)
-    return [
-        (round(8 + 284 * float(a), 1), round(292 - 284 * float(b), 1), int(t), int(p))
-        for (a, b), t, p in zip(unit, predictions.truth, predictions.predicted, strict=True)
-    ]
+def _points(predictions: Predictions, sites: Sequence[str]
+            ) -> tuple[list[tuple[float, float, int, int]], list[tuple[float, float, int]]]:
+    """UMAP positions in a box of 300 × 300: held-out cells with true and predicted label, the sites' own with the site.
+
+    The sites' cells are in an order that puts none of them on top as a whole.
+    """
+    both = np.concatenate([predictions.umap, predictions.own_umap])
+    low, high = both.min(axis=0), both.max(axis=0)
+    unit = (both - low) / np.where(high > low, high - low, 1.0)
+    at = [(round(8 + 284 * float(a), 1), round(292 - 284 * float(b), 1)) for a, b in unit]
+    points = [(*p, int(t), int(c)) for p, t, c in zip(at, predictions.truth, predictions.predicted, strict=False)]
+    index = {name: i for i, name in enumerate(sites)}
+    own = [(*p, index[str(site)]) for p, site in zip(at[len(points) :], predictions.own_sites, strict=True)]
+    return points, [own[i] for i in np.random.default_rng(0).permutation(len(own))]
 
 
 def _timing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

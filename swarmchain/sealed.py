@@ -53,7 +53,25 @@ class _Opening(Store):
 
     def __init__(self, inner: Store) -> None:
         self.__dict__.update(inner.__dict__)
-        self.bytes_up = self.bytes_down = 0
+        self._inner = inner
+
+    @property
+    def bytes_up(self) -> int:
+        """What went up through `inner` and all its views: an agent has one view for each run, and one connection."""
+        return self._inner.bytes_up
+
+    @bytes_up.setter
+    def bytes_up(self, value: int) -> None:
+        self._inner.bytes_up = value
+
+    @property
+    def bytes_down(self) -> int:
+        """What came down, likewise."""
+        return self._inner.bytes_down
+
+    @bytes_down.setter
+    def bytes_down(self, value: int) -> None:
+        self._inner.bytes_down = value
 
     def has_blob(self, digest: str) -> bool:
         """Whether a blob of this plaintext digest is there, sealed or not; its content is checked on reading only."""

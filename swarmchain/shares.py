@@ -25,9 +25,9 @@ def compute_drawn(examples_per_label: Counts, spec: TrainedSpec) -> npt.NDArray[
     return _normalize(counts ** powers[spec.training.class_balance])
 
 
-def compute_own(examples_per_label: Counts) -> npt.NDArray[np.float64]:
-    """A site's shares [labels] from its training cells of each, one more of every kind, so that none is impossible."""
-    return _normalize(examples_per_label.astype(np.float64) + 1)
+def count_own(y: npt.NDArray[np.int64], labels: int) -> npt.NDArray[np.float64]:
+    """A site's shares [labels] from its training labels [cells], one cell more of each, so that none is impossible."""
+    return _normalize(np.bincount(y, minlength=labels) + np.float64(1))
 
 
 def apply_shares(probabilities: Floats, own: Floats, drawn: Floats) -> npt.NDArray[np.float32]:

@@ -333,7 +333,7 @@ class CustomSpec(_Spec):
 
     `tensors` is the network's state in the order of the names. Those whose names begin with one of `local` never leave
     a site. `settings` are whatever the program needs to be equal at all sites (steps, learning rate, seed); `code` is
-    the SHA-256 of a file that all of them must hold, such as the program.
+    the SHA-256 of a file that all of them must hold, such as the program. Nobody can rate, so there is no `trust`.
     """
 
     task: Literal["custom"] = "custom"
@@ -341,7 +341,7 @@ class CustomSpec(_Spec):
     local: tuple[Name, ...] = ()
     settings: dict[str, bool | int | float | str] = {}
     code: Digest | None = None
-    merge: Merge = ClippedMean()
+    merge: Merge = ClippedMean(trust=None)
     codec: Codec = "float32"
     gate: Gate = Gate()
     seed_checkpoint: Digest
@@ -353,6 +353,8 @@ class CustomSpec(_Spec):
             raise ValueError("the tensors are not in the order of their names, each once")
         if not any(t.dtype == "float32" and not t.name.startswith(self.local) for t in self.tensors):
             raise ValueError("no floating-point tensor is left to train together")
+        if self.merge.trust is not None:
+            raise ValueError("sites cannot rate each other's contributions here: merge.trust must be null")
         return self
 
 

@@ -195,8 +195,9 @@ def _open_folders() -> str:
         kept = {path: f"/run/swarm-lab-{i}" for i, path in enumerate(paths)}
         words += [f"mkdir -p {place} && mount --bind {shlex.quote(str(path))} {place}" for path, place in kept.items()]
         words.append(f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(outermost))}")
-        words += [f"mkdir -p {shlex.quote(str(path))} && mount --bind {place} {shlex.quote(str(path))} && umount {place}"
+        words += [f"mkdir -p {shlex.quote(str(path))} && mount --bind {place} {shlex.quote(str(path))}"
                   for path, place in kept.items()]
+        words += [f"umount {place}" for place in kept.values()]
     return "".join(f"{word} && " for word in words)
 
 

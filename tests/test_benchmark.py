@@ -29,7 +29,7 @@ from swarmchain.metrics import compute_auroc, compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.protocol import Outcome
 from swarmchain.scoreboard import format_row, write_figure
-from swarmchain.shares import apply_shares, compute_drawn, compute_own
+from swarmchain.shares import apply_shares, compute_drawn, count_own
 from swarmchain.spec import Gate, Limits, Model, Normalization, RowModel, Training
 
 
@@ -357,7 +357,7 @@ def test_own_shares_move_calls_as_bayes_says() -> None:
     spec: Any = SimpleNamespace(training=Training(class_balance="inverse_sqrt"))
     drawn = compute_drawn(np.array([900, 100]), spec)
     assert drawn == pytest.approx([0.75, 0.25])
-    own = compute_own(np.array([8, 88]))
+    own = count_own(np.array([0] * 8 + [1] * 88), 2)
     assert own == pytest.approx([9 / 98, 89 / 98])
     found = apply_shares(np.array([[0.75, 0.25]], np.float32), own, drawn)
     assert found[0] == pytest.approx(own)  # cells that tell nothing are called as the shares say

@@ -204,10 +204,10 @@ def test_ontology_of_a_run_is_checked() -> None:
 
 
 def test_cells_without_panel_keep_all_features(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.h5ad", np.ones((8, 3), np.float32))
+    path = write(tmp_path / "a.h5ad", np.ones((20, 3), np.float32))
     cells = read_cells(path, DataConfig(path="", label_column="cell_type"), Normalization())
     assert cells.features == ("g0", "g1", "g2")
-    assert select_cells(cells, make_spec(["g2", "g0"])).x.shape == (8, 2)
+    assert select_cells(cells, make_spec(["g2", "g0"])).x.shape == (20, 2)
 
 
 def test_agent_fetches_the_table_that_the_run_pins(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,24 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_architecture_has_every_room_and_the_layers_that_are_checked() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    table = text.split("| room |")[1].split("\n\n")[0]
+    rooms = "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))
+    named = set(re.findall(r"`(\w+)`", rooms))
+    assert {path.stem for path in (ROOT / "swarmchain").glob("[!_]*.py")} == named - {"cli"}
+    shown = re.search(r"    errors →.*→ cli\n", text, re.DOTALL)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    layers = [layer.replace("swarmchain.", "") for layer in reversed(settings)]
+    assert shown is not None and " ".join(shown[0].split()) == " → ".join(layers)
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text().split("nav:")[-1]
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert set(re.findall(r": (\S+\.md)$", nav, re.MULTILINE)) == pages
 
 
 def test_three_sites_and_a_run_take_twelve_commands() -> None:

@@ -17,11 +17,14 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.io import mmwrite
 from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 from test_donor import FEATURES, SETS, make_cells, make_constants, make_spec, write_site
+from test_fcs import write_fcs
 from test_release import run_command
 
 from swarmchain.agreement import standardize
@@ -142,8 +145,8 @@ def test_card_of_a_model_of_donors(trained: Trained) -> None:
     assert [row.cells_train for row in card.sites] == [24, 24, 24]
     text = (trained.folder / "model-card.md").read_text()
     for words in ("a bag of its cells", "gated attention", "12 validation samples",
-                  "| label | F1 | samples (support) |", "AUROC at the sites", "8 cells of each", "one more right or wrong call",
-                  "attention shows where the model looked, not why"):
+                  "| label | F1 | samples (support) |", "AUROC at the sites", "8 cells of each",
+                  "one more right or wrong call", "attention shows where the model looked, not why"):
         assert words in text
     assert "None" not in text and "single cell" not in text
     for picture in re.findall(r"\]\(([^)]+)\)", text):
@@ -273,8 +276,8 @@ def test_validation_examples_know_their_donors() -> None:
 # -- a model folder made by hand
 
 
-def make_folder(folder: Path, **changes: Any) -> DonorSpec:
-    spec, zero = make_spec(**changes).model_copy(update={"normalization": Normalization()}), "0" * 64
+def make_folder(folder: Path, *, normalization: Normalization | None = None, **changes: Any) -> DonorSpec:
+    spec, zero = make_spec(**changes).model_copy(update={"normalization": normalization or Normalization()}), "0" * 64
     layout = checkpoint_layout(spec)
     tensors = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}
     tensors |= {**draw_state(spec), **make_constants(spec), "standardize.mean": np.full(FEATURES, 5, np.float32)}
@@ -315,6 +318,39 @@ def test_predict_reads_zarr_and_tables(tmp_path: Path) -> None:
     again = run_command("predict", tmp_path / "m", tmp_path / "new.csv.out.h5ad", *COLUMNS, "--out", tmp_path / "x",
                         code=1)
     assert "has .obs['swarm_label'] already" in again
+
+
+def test_predict_reads_a_folder_of_fcs_files(tmp_path: Path) -> None:
+    """A file is a donor; events keep their names and, linear as they are, their values."""
+    make_folder(tmp_path / "m", normalization=Normalization(kind="arcsinh", cofactor=150))
+    (tmp_path / "fcs").mkdir()
+    channels, antigens = tuple(f"C{i}" for i in range(FEATURES)), tuple(f"g{i}" for i in range(FEATURES))
+    values = [write_fcs(tmp_path / "fcs" / f"{name}.fcs", events=n, seed=n, spill=None, channels=channels,
+                        antigens=antigens) for name, n in (("ann", 20), ("bob", 31))]
+    said = json.loads(run_command("predict", tmp_path / "m", tmp_path / "fcs", "--out", tmp_path / "a.h5ad", "--json"))
+    data = anndata.read_h5ad(tmp_path / "a.h5ad")
+    assert [(row["sample"], row["donor"], row["cells"]) for row in said["samples"]] == [("ann", "ann", 20),
+                                                                                        ("bob", "bob", 31)]
+    np.testing.assert_array_equal(np.asarray(data.X), np.concatenate(values))
+    assert data.var_names.tolist() == list(antigens) and data.var["channel"].tolist() == list(channels)
+    assert data.obs_names.is_unique and data.obs_names[0].startswith("ann")
+    assert data.obs.groupby("file", observed=True)["swarm_attention"].sum().tolist() == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_predict_reads_a_10x_folder(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", model=RowModel())
+    data = anndata.read_h5ad(write_new(tmp_path / "new.h5ad"))
+    folder = tmp_path / "10x"
+    folder.mkdir()
+    mmwrite(folder / "matrix.mtx", sp.coo_matrix(np.asarray(data.X).T.astype(int)))
+    (folder / "barcodes.tsv").write_text("".join(f"{name}\n" for name in data.obs_names))
+    (folder / "genes.tsv").write_text("".join(f"ENSG{i}\t{name}\n" for i, name in enumerate(data.var_names)))
+    for path in (folder, tmp_path / "new.h5ad"):
+        run_command("predict", tmp_path / "m", path, "--out", tmp_path / f"{path.stem}-a.h5ad")
+    a, b = (anndata.read_h5ad(tmp_path / f"{name}-a.h5ad") for name in ("10x", "new"))
+    assert a.obs_names.equals(b.obs_names) and a.var["gene_ids"].tolist()[0] == "ENSG0"
+    np.testing.assert_allclose(a.obsm["swarm_probabilities"], b.obsm["swarm_probabilities"], atol=1e-5)
+    np.testing.assert_array_equal(a.X.toarray(), np.asarray(b.X))
 
 
 def test_predict_of_rows_needs_no_columns(tmp_path: Path) -> None:

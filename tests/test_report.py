@@ -16,7 +16,7 @@ from rich.console import Console
 from swarmchain.errors import ConfigError
 from swarmchain.progress import Progress
 from swarmchain.protocol import Outcome
-from swarmchain.report import Predictions, format_metrics_table, write_report
+from swarmchain.report import Predictions, draw_figures, format_metrics_table, write_report
 from swarmchain.summary import summarize_timing, to_json
 
 HOSTILE = "<script>document.title='owned'</script>"
@@ -24,6 +24,7 @@ LABELS = ("B cell", 'T "cell" & <b>')
 PREDICTIONS = Predictions(
     labels=LABELS, truth=np.array([0, 0, 1, 1]), predicted=np.array([0, 1, 1, 1]),
     umap=np.array([[0, 0], [1, 1], [2, 0], [2, 0]], np.float32), sites=np.array(["A"] * 4),
+    own_umap=np.array([[0, 2], [3, 1]], np.float32), own_sites=np.array(["A", HOSTILE]),
 )
 
 
@@ -93,6 +94,20 @@ def test_page_is_well_formed_and_self_contained(tmp_path: Path) -> None:
     names = {name for name, _ in tags.seen}
     assert not names & {"script", "link", "img", "iframe", "object"}
     assert not [value for _, attrs in tags.seen for key, value in attrs.items() if key in ("src", "href")]
+
+
+def test_page_shows_cells_by_site_and_what_is_wrong(tmp_path: Path) -> None:
+    page = render(tmp_path)
+    assert "(red), 1 of 4." in page and "2 of the sites’ own cells" in page
+    assert page.count('r="2"') == 2 and page.count('r="2.6" fill="var(--bad)"') == 1
+    assert ">.50</text>" in page  # of the row, not a number of cells
+
+
+def test_figures_lie_beside_the_page(tmp_path: Path) -> None:
+    made = draw_figures(tmp_path, summary=make_summary(), predictions=PREDICTIONS)
+    names = ("curves", "confusion", "f1", "umap-label", "umap-call", "umap-right", "umap-site")
+    assert {path.name for path in made} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert all(path.stat().st_size > 1000 for path in made)
 
 
 def test_page_shows_every_outcome_and_reason(tmp_path: Path) -> None:

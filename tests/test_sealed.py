@@ -73,6 +73,17 @@ def test_member_reads_what_another_sealed_and_the_operator_does_not(tmp_path: Pa
     assert plain.get_blob(public, bytes_max=10) == outsider.get_blob(public, bytes_max=10) == b"a spec"
 
 
+def test_bytes_that_move_through_a_view_count_for_its_store(tmp_path: Path, members: Members) -> None:
+    """An agent's metrics ask the store; each run has a view of its own."""
+    store = Store(str(tmp_path))
+    first, second = views(store, members)[:2]
+    digest = first.put_blob(b"x" * 1000)
+    assert store.bytes_up > 1000
+    before = store.bytes_down
+    second.get_blob(digest, bytes_max=1000)
+    assert store.bytes_down >= before + 1000
+
+
 def test_two_sites_that_seal_the_same_checkpoint_leave_one(tmp_path: Path, members: Members) -> None:
     plain = Store(str(tmp_path))
     north, east = views(plain, members)[:2]
@@ -208,7 +219,7 @@ class SealedPlay(Play):
         pair = self.store.put_blob(bytes(made.checkpoint)), self.store.put_public(made.manifest_bytes)
         for signer in self.world.signers[:2]:
             self.world.contract.vote(signer, (self.run, round_id), *pair, accept=True, score_bps=5000)
-        self.parent = (pair[0], made.tensors)
+        self.parent, self.previous = (pair[0], made.tensors), (pair[1], made.manifest)
 
 
 @pytest.fixture

@@ -103,8 +103,8 @@ def open_desk(config: SiteConfig) -> Iterator[Desk]:
 
     path = config.resolve(config.keys.keystore)
     password = ask_password(path, find_password(config))
-    seal_key = unlock_seal_key(config, password)
-    with open_site(config, unlock_keystore(path, password)) as site:
+    signer, seal_key = unlock_keystore(path, password), unlock_seal_key(config, password)
+    with open_site(config, signer) as site:
         yield Desk(site, open_store(config), seal_key)
 
 

@@ -29,7 +29,7 @@ SCORES = {"macro_f1": "macro-F1", "auroc": "AUROC"}
 @site_option
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for a picture of F1 per class.")
 @click.option("--local-rounds", type=click.IntRange(min=1), default=20, show_default=True,
-              help="How many the swarm's model is trained on, on this site's cells alone.")
+              help="How many the swarm's model is trained on, on this site's cells alone, for the last line.")
 @json_option
 def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int, as_json: bool) -> None:
     """Home against swarm: say whether this site gains by a run, on its own validation cells or donors.
@@ -75,9 +75,10 @@ def _print(found: Comparison) -> None:
     drawn = "cells" if found.unit == "cells" else "donors, each with all its samples"
     click.echo(f"95 % of the differences in {SCORES[found.score]} lie in {found.low:+.3f} to {found.high:+.3f} "
                f"(bootstrap over the {drawn})")
-    for how, variant in (("told this site's own shares of the classes", found.own_shares),
-                         (f"trained {found.trained_on_rounds} rounds more at this site", found.trained_on)):
-        click.echo(f"the swarm's model, {how}: {variant.score:.3f}, gain {variant.gain:+.3f} "
+    for name, variant in found.variants.items():
+        how = {"own_shares": "told this site's own shares of the classes",
+               "trained_on": f"trained {found.trained_on_rounds} rounds more on this site's cells"}[name]
+        click.echo(f"the swarm's model, {how}: {variant.macro_f1:.3f}, gain {variant.macro_f1 - found.home:+.3f} "
                    f"({variant.low:+.3f} to {variant.high:+.3f})")
     words = {
         "gains": f"{found.site} gains: the swarm's model calls its {found.unit} better than one of its own.",
