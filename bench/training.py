@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def measure_memory(rounds: int) -> list[dict[str, Any]]:
     """Peak resident memory of every site's process, MB."""
     path = find_root() / "cytof_multicenter" / "cytof_multicenter.h5ad"
     with h5py.File(path) as file:
-        samples = read_elem(file["obs/sample"]).astype(str).value_counts()
+        samples = Counter(read_elem(file["obs/sample"]).tolist())
     base = _run_child("-", rounds)["peak_mb"]
     return [{"site": site, "cells": int(cells), "libraries_mb": base, **_run_child(str(site), rounds)}
             for site, cells in samples.items()]

@@ -159,6 +159,8 @@ def _draw_arms(axes: Any, found: Mapping[str, Any], metric: str) -> None:
                       ha="center", fontsize=9)
     axes.set_yticks(range(len(names)), [words.replace("\n", " ") for _, words in ARMS])
     axes.set_ylim(len(names) - 0.4, -0.8)
+    if axes.get_xlim()[1] > 1:  # no score is above 1: room for the mark, and no more
+        axes.set_xlim(right=1 + 0.03 * (1 - min(axes.get_xlim()[0], 0.95)))
     what = "samples" if found["task"] == "donor" else "cells"
     axes.set_xlabel(f"{METRICS[metric]}; line: 95 % over test {what}, ticks: seeds")
     _clean(axes)
