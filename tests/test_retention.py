@@ -11,11 +11,11 @@ from conftest import World
 from test_audit import Play
 
 from swarmchain.cli import cli
-from swarmchain.config import render_site_toml
 from swarmchain.errors import StoreError
 from swarmchain.merging import ClippedMean
 from swarmchain.protocol import encode_canonical, parse_opening
 from swarmchain.retention import plan_pruning, prune, read_pruned
+from swarmchain.site_text import render_site_toml
 from swarmchain.spec import Limits, RehearsalSpec
 from swarmchain.store import Store
 
