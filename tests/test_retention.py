@@ -77,7 +77,7 @@ def test_best_checkpoint_and_a_round_that_goes_on_are_kept(play: Play) -> None:
         pair = play.store.put_blob(bytes(made.checkpoint)), play.store.put_blob(made.manifest_bytes)
         for signer in play.world.signers[:2]:
             play.world.contract.vote(signer, (play.run, number), *pair, accept=True, score_bps=score)
-        play.parent = (pair[0], made.tensors)
+        play.parent, play.previous = (pair[0], made.tensors), (pair[1], made.manifest)
         checkpoints.append(pair[0])
     running = play.contribute(5, (0, 1))
     contract, store = play.world.contract, play.store
