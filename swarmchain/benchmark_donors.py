@@ -156,15 +156,18 @@ def summarize(played: Played, swarm: Swarm, settings: Settings) -> dict[str, Any
     if not sites:
         raise DataError("no site has training samples of two labels, so none has a local model",
                         hint="deal the samples so that a site has both")
-    worst = min(sites, key=lambda arm: float(np.mean([found["macro_f1"] for found in scores[arm]])))
+    worst = {metric: min(sites, key=partial(_average, scores, metric)) for metric in scores["swarm"][0]}
     scores["local_mean"] = [{metric: float(np.mean([scores[arm][i][metric] for arm in sites])) for metric in found}
                             for i, found in enumerate(scores["swarm"])]
-    scores["local_worst"] = scores[worst]
-    members = {arm: (arm,) for arm in (*ARMS, *sites)} | {"local_mean": tuple(sites), "local_worst": (worst,)}
+    scores["local_worst"] = [{metric: scores[arm][i][metric] for metric, arm in worst.items()}
+                             for i in range(len(seeds))]
+    members = {arm: (arm,) for arm in (*ARMS, *sites)} | {
+        "local_mean": tuple(sites), "local_worst": (worst["macro_f1"],)}
     labels = swarm.spec.labels
     arms = {arm: _describe_arm(found, _score_classes(seeds, members[arm], labels)) for arm, found in scores.items()}
-    arms["local_worst"]["site"] = worst.removeprefix(LOCAL)
-    measured = {metric: _compute_intervals(seeds, members, metric, settings) for metric in scores["swarm"][0]}
+    arms["local_worst"]["site"] = worst["macro_f1"].removeprefix(LOCAL)
+    measured = {metric: _compute_intervals(seeds, {**members, "local_worst": (arm,)}, metric, settings)
+                for metric, arm in worst.items()}
     home = {name: dict(zip(("swarm", "local"), np.mean(found, axis=0).tolist(), strict=True))
             | {"difference": float(np.mean([shared - here for shared, here in found])), "trainings": len(found)}
             for name, found in played.home.items()}
@@ -203,6 +206,10 @@ def _list_metrics(folds: Sequence[Fold]) -> dict[str, Callable[..., Resampled]]:
         return resample_auroc(truth, [p[:, 1].astype(np.float64) for p in found], resamples=resamples, seed=seed)
 
     return {"auroc": draw_auroc, "macro_f1": draw_f1} if classes == 2 else {"macro_f1": draw_f1}
+
+
+def _average(scores: Mapping[str, list[dict[str, float]]], metric: str, arm: str) -> float:
+    return float(np.mean([found[metric] for found in scores[arm]]))
 
 
 def _describe_arm(found: list[dict[str, float]], per_class: dict[str, float]) -> dict[str, Any]:
