@@ -55,7 +55,8 @@ def measure(site_toml: Path, spec: Path) -> dict[str, Any]:
 
 
 def measure_all(file: Path, sites: int) -> list[dict[str, Any]]:
-    from swarmchain.config import render_site_toml, write_file
+    from swarmchain.config import write_file
+    from swarmchain.site_text import render_site_toml
     from swarmchain.spec import Limits, Normalization, Panel, StatisticsSpec, encode_spec
 
     spec = StatisticsSpec(name="memory", panel=Panel(features=MARKERS), labels=LABELS,

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from swarmchain.chain import SwarmContract, deploy_contract
-from swarmchain.config import Deployment, SiteCard, read_site_config, render_site_toml, write_file
+from swarmchain.config import Deployment, SiteCard, read_site_config, write_file
 from swarmchain.devchain import Devchain, start_devchain, stop_process
 from swarmchain.errors import SwarmError
 from swarmchain.keys import Signer, create_keystore, open_keystore
 from swarmchain.node import Node
 from swarmchain.protocol import Terms
+from swarmchain.site_text import render_site_toml
 from swarmchain.spec import Spec, encode_spec
 from swarmchain.store import Store
 

@@ -216,7 +216,8 @@ FIELDS: dict[str, Callable[[Any], Line]] = {
     "score": lambda score: ("score", {"macro_f1": "macro-F1", "auroc": "area under the ROC curve"}[score]),
     "temperatures": lambda tried: ("temperatures", f"{len(tried)} are tried, {tried[0]:g} to {tried[-1]:g}"),
     "bins": lambda bins: ("confidences", f"counted in {bins} bins of equal width"),
-    "cells_min": lambda cells: ("minimums", f"a site needs {cells:,} validation cells"),
+    "cells_min": lambda cells: ("minimums", f"a site needs {cells:,} validation cells, or samples of donors"),
+    "donors_min": lambda donors: ("donors", f"a site needs validation cells or samples of {donors:,} donors"),
     "right_share_min": lambda share: (
         "unknown", f"calls below the confidence from which on {share:.0%} were right are to count as unknown"),
     "local": lambda names: ("stays here", f"tensors that begin with {_join(names)}" if names else "no tensor"),

@@ -5,19 +5,15 @@ A spec is canonical JSON in the store; its SHA-256 stands on chain. The tasks:
 statistics
     Sums, over the sites' training cells, what the choice of features, standardisation and class balancing need.
 cell_type
-    Trains a classifier of cells on a panel of features, from a seed checkpoint that travels as a blob (layer
-    initialisation is not equal on all CPUs, so a seed is never replayed elsewhere).
+    Trains a classifier of cells, from a seed checkpoint that travels as a blob: initialisation differs between CPUs.
 donor
     Trains a classifier of donors' samples, each a row or a bag of cells.
 evaluation
     Sums how a finished model does on every site's validation cells.
-rehearsal
-    Needs no cells: its contributions are random numbers of a real model's size, so that chain, store, merge and vote
-    can be tried before any data are there.
-custom
-    Merges and votes on a network of the sites' own.
+rehearsal, custom
+    Tries all of that with random numbers before any data are there; merges and votes on a network of the sites' own.
 
-What a spec does not hold: anything about one site (that is `config`), and the windows and quorum (those are on chain).
+A spec holds nothing about one site (that is `config`), and no windows and quorum (those are on chain).
 """
 
 from __future__ import annotations
@@ -30,11 +26,10 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from swarmchain.errors import SpecError
 from swarmchain.merging import ClippedMean, Codec, Merge, Name, Positive
-from swarmchain.protocol import Digest, Strict, compute_digest, encode_canonical, first_problem
+from swarmchain.protocol import LABELS_MAX, Digest, Strict, compute_digest, encode_canonical, first_problem
 
 SPEC_BYTES_MAX = 16 << 20
 FEATURES_MAX = 200_000
-CLASSES_MAX = 1_000
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Widths = tuple[Annotated[int, Field(ge=1, le=65_536)], ...]
@@ -210,7 +205,7 @@ class _Spec(Strict):
 
 class _CellSpec(_Spec):
     panel: Panel
-    labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=CLASSES_MAX)]
+    labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=LABELS_MAX)]
     ontology: dict[Name, Term] = {}
     normalization: Normalization = Normalization()
     minimums: Minimums = Minimums()
@@ -267,7 +262,7 @@ class DonorSpec(_TrainedSpec):
     split_by: Literal["donor"] = "donor"
     model: DonorModel = RowModel()
     bag_size: Annotated[int, Field(ge=1, le=100_000)] = 64
-    labels_min: Annotated[int, Field(ge=1, le=CLASSES_MAX)] = 2
+    labels_min: Annotated[int, Field(ge=1, le=LABELS_MAX)] = 2
     score: Literal["macro_f1", "auroc"] = "macro_f1"
 
     @model_validator(mode="after")
@@ -295,7 +290,7 @@ class EvaluationSpec(_Spec):
 
     task: Literal["evaluation"] = "evaluation"
     trained: RunRef
-    labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=CLASSES_MAX)]
+    labels: Annotated[tuple[Name, ...], Field(min_length=2, max_length=LABELS_MAX)]
     temperatures: Annotated[tuple[Annotated[float, Field(ge=0.01, le=100)], ...], Field(min_length=1, max_length=200)] \
         = TEMPERATURES
     bins: Annotated[int, Field(ge=10, le=1000, multiple_of=10)] = 50

@@ -42,9 +42,8 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 _NOTE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,127}")
 _CARD = re.compile(r"0x[0-9a-f]{40}\.json")
 CARD_BYTES_MAX = 16 << 20
-# What "not allowed", "read-only" and "full" look like over a folder; of these, only the last may mend by waiting.
-_REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What "not allowed" and "full" look like over a folder; of these, only the last may mend by waiting.
+_REFUSALS, _FULL = (PermissionError, IsADirectoryError, NotADirectoryError), {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PERMISSIONS = "check that the store is there, and that this account may write to it"
 
 
@@ -230,11 +229,11 @@ class Store:
 
     def put_note(self, name: str, data: bytes) -> None:
         """Leave a small file that nothing is proven by, under a name of our own making."""
-        self._write(f"{self._root}/{_require_note(name)}", data)
+        self._write(self._note_path(name), data)
 
     def get_note(self, name: str, *, bytes_max: int) -> bytes:
         """Fetch such a file. Raises as `get_blob` does, but for its digest."""
-        return self._read(f"{self._root}/{_require_note(name)}", bytes_max=bytes_max)
+        return self._read(self._note_path(name), bytes_max=bytes_max)
 
     def put_card(self, address: str, data: bytes) -> None:
         """Hand a site's card to the other sites. Anyone can write here: whoever reads it compares the address."""
@@ -283,6 +282,11 @@ class Store:
 
     def _envelope_path(self, digest: str) -> str:
         return f"{self._root}/sealed/{_require_hex(digest)}"
+
+    def _note_path(self, name: str) -> str:
+        if not _NOTE.fullmatch(name):
+            raise StoreError(f"{name!r} is no name of a note")
+        return f"{self._root}/{name}"
 
     def _card_path(self, address: str) -> str:
         name = f"{address.lower()}.json"
@@ -395,9 +399,3 @@ def _require_hex(digest: str) -> str:
     if not _HEX64.fullmatch(digest):
         raise StoreError(f"{digest!r} is no digest")
     return digest
-
-
-def _require_note(name: str) -> str:
-    if not _NOTE.fullmatch(name):
-        raise StoreError(f"{name!r} is no name of a note")
-    return name

@@ -23,12 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmchain.cli import cli
-from swarmchain.config import DataConfig, read_site_config, render_site_toml
+from swarmchain.config import DataConfig, read_site_config
 from swarmchain.data import load_site_data, read_cells, read_names
 from swarmchain.errors import DataError
 from swarmchain.inspection import inspect_data
 from swarmchain.normalization import find_state
 from swarmchain.selection import SiteData, choose_validation
+from swarmchain.site_text import render_site_toml
 from swarmchain.spec import Normalization
 
 

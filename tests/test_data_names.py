@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from cells import load, make_spec, make_table, need, write
 
-from swarmchain.config import DataConfig, read_site_config, render_site_toml
+from swarmchain.config import DataConfig, read_site_config
 from swarmchain.data import read_cells
 from swarmchain.errors import DataError, SpecError
 from swarmchain.labels import is_cell_ontology_id, read_label_map
 from swarmchain.names import SYNONYMS, Naming, find_kind, parse_name_table, rename_features
 from swarmchain.protocol import compute_digest
 from swarmchain.selection import select_cells
+from swarmchain.site_text import render_site_toml
 from swarmchain.spec import Normalization, Panel, Term, encode_spec, parse_spec
 from swarmchain.store import Store
 from swarmchain.work import RunWork

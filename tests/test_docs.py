@@ -19,9 +19,10 @@ from conftest import ROOT
 
 from swarmchain.cli import cli
 from swarmchain.cli.agent import WORDS
-from swarmchain.config import read_site_config, render_site_toml
+from swarmchain.config import read_site_config
 from swarmchain.devchain import Devchain
 from swarmchain.protocol import compute_digest
+from swarmchain.site_text import render_site_toml
 
 GUIDE = (ROOT / "docs" / "consortium.md").read_text()
 PAGES = [p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").rglob("*.md"),

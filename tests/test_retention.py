@@ -11,11 +11,11 @@ from conftest import World
 from test_audit import Play
 
 from swarmchain.cli import cli
-from swarmchain.config import render_site_toml
 from swarmchain.errors import StoreError
 from swarmchain.merging import ClippedMean
 from swarmchain.protocol import encode_canonical, parse_opening
 from swarmchain.retention import plan_pruning, prune, read_pruned
+from swarmchain.site_text import render_site_toml
 from swarmchain.spec import Limits, RehearsalSpec
 from swarmchain.store import Store
 
@@ -77,7 +77,7 @@ def test_best_checkpoint_and_a_round_that_goes_on_are_kept(play: Play) -> None:
         pair = play.store.put_blob(bytes(made.checkpoint)), play.store.put_blob(made.manifest_bytes)
         for signer in play.world.signers[:2]:
             play.world.contract.vote(signer, (play.run, number), *pair, accept=True, score_bps=score)
-        play.parent = (pair[0], made.tensors)
+        play.parent, play.previous = (pair[0], made.tensors), (pair[1], made.manifest)
         checkpoints.append(pair[0])
     running = play.contribute(5, (0, 1))
     contract, store = play.world.contract, play.store

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_signers, write_cells
 
 from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
-from swarmchain.config import DataConfig, read_site_config, render_site_toml
+from swarmchain.config import DataConfig, read_site_config
 from swarmchain.data import read_cells
 from swarmchain.errors import (
     BlobMissing,
@@ -29,6 +29,7 @@ from swarmchain.keys import create_keystore, open_keystore
 from swarmchain.normalization import normalize
 from swarmchain.protocol import Opening, RoundKey, encode_canonical, parse_opening
 from swarmchain.selection import choose_validation
+from swarmchain.site_text import render_site_toml
 from swarmchain.spec import Normalization, parse_spec
 from swarmchain.store import Store
 

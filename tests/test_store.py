@@ -21,7 +21,7 @@ import psutil
 import pytest
 from seaweed import Seaweed
 
-from swarmchain.config import read_site_config, render_site_toml
+from swarmchain.config import read_site_config
 from swarmchain.errors import (
     BlobMissing,
     CheckpointError,
@@ -34,6 +34,7 @@ from swarmchain.errors import (
 from swarmchain.objects import FsspecObjects, Link
 from swarmchain.protocol import compute_digest, parse_manifest, parse_opening
 from swarmchain.s3 import PART, RANGE
+from swarmchain.site_text import render_site_toml
 from swarmchain.store import Store, open_store
 
 ZERO = "0" * 64

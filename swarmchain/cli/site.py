@@ -9,8 +9,9 @@ import click
 
 from swarmchain.cli.common import example, json_option, load, print_json, site_option
 from swarmchain.cli.doctor import doctor
-from swarmchain.config import DataConfig, SiteCard, render_site_toml, write_file
+from swarmchain.config import DataConfig, SiteCard, write_file
 from swarmchain.errors import ConfigError, StoreError, Unreachable
+from swarmchain.site_text import render_site_toml
 
 
 @click.group()

@@ -43,7 +43,7 @@ MARKS = {True: click.style("✓", fg="green"), False: click.style("✗", fg="red
 def verify(number: int, site_file: Path | None, rpc_urls: tuple[str, ...], deployment: Path | None,
            store_url: str | None, disclosed: Path | None, auditor_key: Path | None, is_fast: bool, out: Path,
            as_json: bool) -> None:
-    """Replay a run from the chain and the store, without a key, and prove or refute every merge.
+    """Replay a run from chain and store, without a site's key, and prove or refute every merge.
 
     Exit code 0 if all is proven, 1 if anything is not; the statistics run that a training run stands on is one more to
     verify.
