@@ -75,7 +75,8 @@ def _get_part(found: Mapping[str, Any], part: str, metric: str) -> Mapping[str, 
 
 
 def _format_mean(arm: Mapping[str, Any], metric: str) -> str:
-    return f"{arm[metric]:.3f} ± {arm['sd' if metric == 'macro_f1' else f'sd_{metric}']:.3f}"
+    spread = arm["sd" if metric == "macro_f1" else f"sd_{metric}"]
+    return f"{arm[metric]:.3f}" + (f" ± {spread:.3f}" if len(arm["seeds"]) > 1 else "")
 
 
 def _format_differences(found: Mapping[str, Any]) -> Table:
