@@ -75,11 +75,12 @@ def test_site_that_does_nothing_for_anyone_has_no_weight() -> None:
 
 
 def test_site_comes_back_when_it_has_helped_as_much() -> None:
-    harm = {2: 300}
+    won_back = 300 * (100 - SETTINGS.benefit_percent) // 100 - SETTINGS.slack_mnat  # in each round
+    harm = {2: 2 * won_back + SETTINGS.harm_max_mnat}
     for _ in range(2):
         assert choose_harmful(harm, range(4), SETTINGS) == {2}
         harm = update_harm(harm, rate_all(range(4), lambda i, j: -300), SETTINGS, rated={0, 1, 2, 3})
-    assert harm == {2: 300 - 2 * (150 - SETTINGS.slack_mnat)}
+    assert harm == {2: SETTINGS.harm_max_mnat}
     assert not choose_harmful(harm, range(4), SETTINGS)
 
 
@@ -182,7 +183,8 @@ def test_certificate_names_who_has_no_weight_and_why(spec: CellTypeSpec) -> None
     last = second.manifest.included[4]
     assert (last.site, last.weight, last.clip_factor, last.doubt) == (4, 0.0, 1.0, "found harmful")
     assert [item.weight for item in second.manifest.included[:4]] == [0.25] * 4
-    assert [(item.site, item.harm_mnat) for item in second.manifest.standing] == [(4, 320)]
+    harm = 300 + SETTINGS.benefit_percent - SETTINGS.slack_mnat
+    assert [(item.site, item.harm_mnat) for item in second.manifest.standing] == [(4, harm)]
     assert parse_manifest(second.manifest_bytes) == second.manifest
     third = certify_next(spec, dict.fromkeys(range(5), ()), second)  # nobody says anything: the evidence stands
     assert third.manifest.standing == second.manifest.standing and third.manifest.included[4].weight == 0.0
