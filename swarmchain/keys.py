@@ -109,10 +109,7 @@ def create_seal_key(path: Path, password: str, *, secret: bytes | None = None, i
     KeystoreError
         If the file exists already, or the password is empty.
     """
-    if path.exists():
-        raise KeystoreError(f"{path} exists already", hint="a key is never overwritten: move it, or use another name")
-    if not password:
-        raise KeystoreError("the keystore password is empty", hint="choose one")
+    _check_new(path, password)
     from nacl import pwhash, utils
     from nacl import secret as boxes
 
@@ -167,10 +164,7 @@ def create_keystore(path: Path, password: str, *, secret: bytes | None = None, w
     KeystoreError
         If the file exists already, or the password is empty.
     """
-    if path.exists():
-        raise KeystoreError(f"{path} exists already", hint="a key is never overwritten: move it, or use another name")
-    if not password:
-        raise KeystoreError("the keystore password is empty", hint="choose one")
+    _check_new(path, password)
     from eth_account import Account
 
     account = Account.from_key(secret) if secret is not None else Account.create()
@@ -288,3 +282,10 @@ def _checksum(address: str) -> str:
         return str(to_checksum_address(address if address.startswith("0x") else "0x" + address))
     except ValueError as exc:
         raise KeystoreError(f"a keystore holds the bad address {address!r}") from exc
+
+
+def _check_new(path: Path, password: str) -> None:
+    if path.exists():
+        raise KeystoreError(f"{path} exists already", hint="a key is never overwritten: move it, or use another name")
+    if not password:
+        raise KeystoreError("the keystore password is empty", hint="choose one")
