@@ -196,9 +196,8 @@ class Agent:
         return found
 
     def _follow(self, view: RunView) -> Following:
-        contract, store = self.site.contract, self.store
-        if self._seal_key is not None:
-            store = seal_store(store, self._seal_key, contract, view.run)
+        contract = self.site.contract
+        store = seal_store(self.store, self._seal_key, contract, view.run)
         work = RunWork(self.site.config, store, view, site=self.site.index, view_run=contract.view_run,
                        task=self._tasks.get(view.run))
         self.log({"event": "run", "run": view.run, "spec": view.spec, **work.task.describe()})

@@ -162,8 +162,6 @@ class Swarm:
 
     def _open_sealed(self, run: int | None) -> Store:
         """The store, sealed to a run's members, or to all sites."""
-        if self._seal_key is None:
-            return self._store
         return seal_store(self._store, self._seal_key, self._site.contract, run)
 
     def _read_law(self, run: int, model: nn.Module, code: Path | None) -> CustomSpec:

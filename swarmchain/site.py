@@ -68,8 +68,13 @@ def find_seal_keys(contract: SwarmContract, run: int | None) -> frozenset[str]:
     return frozenset(site.seal_key for site in sites)
 
 
-def seal_store(store: Store, key: SealKey, contract: SwarmContract, run: int | None) -> SealedStore:
-    """A store that seals what it is given to those whom `find_seal_keys` finds at the chain's newest block."""
+def seal_store(store: Store, key: SealKey | None, contract: SwarmContract, run: int | None) -> Store:
+    """A store that seals what it is given to those whom `find_seal_keys` finds at the chain's newest block.
+
+    Without a key, `store` itself.
+    """
+    if key is None:
+        return store
     known: dict[int, frozenset[str]] = {}
 
     def find_members() -> frozenset[str]:

@@ -64,13 +64,13 @@ def ask_password(path: Path, password: str | None) -> str:
     return password
 
 
-def open_sealed(config: SiteConfig, contract: SwarmContract, run: int | None, key: SealKey | None) -> Store:
+def open_sealed(config: SiteConfig, contract: SwarmContract, run: int | None) -> Store:
     """The site's store: through its seal key, if it has one, for the members of a run or for all sites."""
     from swarmchain.site import seal_store
     from swarmchain.store import open_store
 
-    store = open_store(config)
-    return store if key is None else seal_store(store, key, contract, run)
+    key = unlock_seal_key(config)
+    return seal_store(open_store(config), key, contract, run)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Desk:
         """The store, sealed to the members of a run, or to all sites."""
         from swarmchain.site import seal_store
 
-        return self.store if self.seal_key is None else seal_store(self.store, self.seal_key, self.site.contract, run)
+        return seal_store(self.store, self.seal_key, self.site.contract, run)
 
     def publish_seal_key(self) -> None:
         """Say on chain which key is this site's; nothing if it stands there already."""

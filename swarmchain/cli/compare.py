@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmchain.cli.common import (
-    connect,
-    example,
-    json_option,
-    load,
-    open_sealed,
-    print_json,
-    site_option,
-    unlock_seal_key,
-)
+from swarmchain.cli.common import connect, example, json_option, load, open_sealed, print_json, site_option
 
 if TYPE_CHECKING:
     from swarmchain.comparing import Comparison
@@ -44,7 +35,7 @@ def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int,
 
     config = load(site_file)
     contract = connect(config)
-    store = open_sealed(config, contract, number, unlock_seal_key(config))
+    store = open_sealed(config, contract, number)
     view = contract.view_run(number)
     spec = read_trained(store, view)
     site = contract.get_site_index(read_address(config.resolve(config.keys.keystore)))

@@ -16,7 +16,6 @@ from swarmchain.cli.common import (
     open_sealed,
     print_json,
     site_option,
-    unlock_seal_key,
 )
 from swarmchain.config import write_file
 from swarmchain.errors import ConfigError
@@ -53,7 +52,7 @@ def disclose(number: int, site_file: Path, to: str, out: Path, as_json: bool) ->
 
     config = load(site_file)
     contract = connect(config)
-    store = open_sealed(config, contract, number, unlock_seal_key(config))
+    store = open_sealed(config, contract, number)
     if not isinstance(store, SealedStore):
         raise ConfigError("this site has no seal key, so it can open nothing that is sealed",
                           hint="[keys] seal_key in site.toml names it; `site init` makes one")

@@ -6,16 +6,7 @@ from pathlib import Path
 
 import click
 
-from swarmchain.cli.common import (
-    connect,
-    example,
-    json_option,
-    load,
-    open_sealed,
-    print_json,
-    site_option,
-    unlock_seal_key,
-)
+from swarmchain.cli.common import connect, example, json_option, load, open_sealed, print_json, site_option
 
 
 @click.command(epilog=example("swarmchain run export 2 --site north/site.toml --out model --evaluation 3"))
@@ -32,7 +23,7 @@ def export(number: int, site_file: Path, out: Path, evaluation: int | None, as_j
 
     config = load(site_file)
     contract = connect(config)
-    store = open_sealed(config, contract, number, unlock_seal_key(config))
+    store = open_sealed(config, contract, number)
     view = contract.view_run(number)
     spec = read_trained(store, view)
     release = build_release(contract, store, view, spec, config=config,

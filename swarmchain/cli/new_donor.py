@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import connect, example, load, open_sealed, site_option, unlock_seal_key
+from swarmchain.cli.common import connect, example, load, open_sealed, site_option
 from swarmchain.config import write_file
 
 MODELS = ("perceptron", "attention", "deep_sets", "pseudobulk")
@@ -47,7 +47,7 @@ def donor(site_file: Path, source: int, kind: str, out: Path, **options: Any) ->
     config = load(site_file)
     contract = connect(config)
     # every site must be able to read both before it joins
-    store = open_sealed(config, contract, None, unlock_seal_key(config))
+    store = open_sealed(config, contract, None)
     view = contract.view_run(source)
     encoder = {"encoder": options["encoder"]} if kind in ("attention", "deep_sets") else {}
     spec, blob = plan_donor(

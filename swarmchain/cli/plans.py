@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swarmchain.cli.common import connect, open_sealed, unlock_seal_key
+from swarmchain.cli.common import connect, open_sealed
 from swarmchain.cli.statistics import FLAVORS
 from swarmchain.config import SiteCard, SiteConfig
 
@@ -102,7 +102,7 @@ def make_cell_type(config: SiteConfig, *, source: int, name: str, rounds: int, s
 
     contract = connect(config)
     # every site must be able to read both before it joins
-    store = open_sealed(config, contract, None, unlock_seal_key(config))
+    store = open_sealed(config, contract, None)
     view = contract.view_run(source)
     statistics = read_statistics(store, view)
     training = recommend_training(statistics[0].normalization)

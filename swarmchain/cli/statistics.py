@@ -7,16 +7,7 @@ from typing import Any
 
 import click
 
-from swarmchain.cli.common import (
-    connect,
-    example,
-    json_option,
-    load,
-    open_sealed,
-    print_json,
-    site_option,
-    unlock_seal_key,
-)
+from swarmchain.cli.common import connect, example, json_option, load, open_sealed, print_json, site_option
 
 FLAVORS = ("seurat", "cell_ranger")
 
@@ -39,7 +30,7 @@ def statistics(number: int, site_file: Path, features_at: int, flavor: Any, as_j
     config = load(site_file)
     contract = connect(config)
     view = contract.view_run(number)
-    source = read_statistics(open_sealed(config, contract, number, unlock_seal_key(config)), view)
+    source = read_statistics(open_sealed(config, contract, number), view)
     found = {"run": number, "checkpoint": view.checkpoint,
              **summarize_statistics(*source, sites_min=features_at, flavor=flavor)}
     if as_json:
