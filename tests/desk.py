@@ -6,9 +6,8 @@ import contextlib
 import io
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +88,14 @@ def work(swarm: Consortium, run: int, events: list[dict[str, Any]] | None = None
         list(pool.map(one, sites or swarm.sites))
 
 
-def start_swarm(folder: Path) -> AbstractContextManager[Consortium]:
+@contextlib.contextmanager
+def start_swarm(folder: Path) -> Iterator[Consortium]:
     """Three sites with a chain of their own, whose clock no other test moves; each site's card beside its settings."""
     files = {name: write_cells(folder / f"{name}.h5ad", seed=i) for i, name in enumerate(("North", "East", "South"))}
-    return start_consortium(folder / "swarm", files, seed=5, label_column="cell_type")
+    with start_consortium(folder / "swarm", files, seed=5, label_column="cell_type") as made:
+        for site in made.sites:
+            (site.folder / "site-card.json").write_text(site.card.model_dump_json())
+        yield made
 
 
 def train(swarm: Consortium) -> tuple[int, int]:

@@ -59,8 +59,6 @@ SPECS: tuple[Spec, ...] = (
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
     with start_swarm(tmp_path_factory.mktemp("operator")) as made:
-        for site in made.sites:
-            (site.folder / "site-card.json").write_text(site.card.model_dump_json())
         yield made
 
 
