@@ -32,26 +32,26 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
+from sums import sum_up
 from tables import replace_table
 
-from swarmchain.agreement import compute_statistics, standardize
+from swarmchain.agreement import standardize
 from swarmchain.baselines import predict
 from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify
-from swarmchain.checkpoint import allocate_tensors, decode_tensors
-from swarmchain.config import DataConfig, SiteCard
+from swarmchain.checkpoint import decode_tensors
+from swarmchain.config import DataConfig
 from swarmchain.data import read_cells
 from swarmchain.dealing import deal_folder
 from swarmchain.layouts import checkpoint_layout
-from swarmchain.merge import Input, compute_norm, sum_statistics
+from swarmchain.merge import Input, compute_norm
 from swarmchain.methods import METHODS
 from swarmchain.metrics import compute_macro_f1
-from swarmchain.planning import plan_cell_type, plan_statistics
+from swarmchain.planning import plan_cell_type
 from swarmchain.protocol import EFFECT_MNAT_MAX, Opening, Rating, RoundKey
 from swarmchain.rating import find_labels, rate_contributions
 from swarmchain.selection import select_cells, select_panel
@@ -114,19 +114,9 @@ def prepare(files: dict[str, Path], tests: dict[str, Path], config: DataConfig, 
             common: int, share: float, rounds: int) -> Task:
     """What the statistics run and the start of the training run do."""
     found = {site: read_cells(path, config, normalization) for site, path in files.items()}
-    cards = [SiteCard(name=site, address="0x" + "1" * 40, features=cells.features,
-                      labels=tuple(sorted(set(cells.labels.tolist())))) for site, cells in found.items()]
-    source = plan_statistics(cards, name="statistics", sites_to_start=len(cards), normalization=normalization)
-    inputs = []
-    for i, cells in enumerate(found.values()):
-        data = select_cells(cells, source)
-        sums = compute_statistics(data, source)
-        inputs.append(Input(i, len(data.train), sums, compute_norm(sums)))
-    _, sums = allocate_tensors(checkpoint_layout(source))
-    sum_statistics(inputs, into=sums)
-    on_record: Any = SimpleNamespace(run=1, spec="0" * 64, checkpoint="0" * 64)
+    source, sums, on_record = sum_up(found, normalization=normalization)
     spec, blob = plan_cell_type((source, sums), on_record, name="attacks", sites_per_feature_min=common,
-                                panel_share_min=share, limits=Limits(rounds=rounds, sites_to_start=len(cards)),
+                                panel_share_min=share, limits=Limits(rounds=rounds, sites_to_start=len(found)),
                                 training=Training(steps=20))
     seed = decode_tensors(blob, checkpoint_layout(spec))
     rows = [source.labels.index(label) for label in spec.labels]

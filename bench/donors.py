@@ -16,23 +16,22 @@ import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from sums import sum_up
 
-from swarmchain.agreement import compute_statistics
 from swarmchain.baselines_donors import compare_donors, load_test, summarize_arm
 from swarmchain.certify import Arrays
 from swarmchain.checkpoint import allocate_tensors, decode_tensors
-from swarmchain.config import DataConfig, SiteCard
+from swarmchain.config import DataConfig
 from swarmchain.data import read_cells
 from swarmchain.dealing import Dealt
 from swarmchain.dealing_donors import AML_FOLDS, KANG_FOLDS, deal_aml, deal_kang
 from swarmchain.layouts import checkpoint_layout
-from swarmchain.merge import Input, compute_norm, merge_deltas, sum_statistics
+from swarmchain.merge import Input, compute_norm, merge_deltas
 from swarmchain.merging import parse_merge
-from swarmchain.planning import plan_donor, plan_statistics
+from swarmchain.planning import plan_donor
 from swarmchain.selection import Cells, select_cells
 from swarmchain.spec import DeepSets, DonorSpec, GatedAttention, Limits, Normalization, Pseudobulk, RowModel, Training
 from swarmchain.trainer import prepare_training, train_round
@@ -65,18 +64,7 @@ def prepare(dealt: Dealt, normalization: Normalization, settings: dict[str, Any]
 
 def prepare_cells(found: dict[str, Cells], normalization: Normalization, settings: dict[str, Any]) -> tuple[Any, ...]:
     """The same from cells that were read."""
-    cards = [SiteCard(name=site, address="0x" + "1" * 40, features=cells.features,
-                      labels=tuple(sorted(set(cells.labels.tolist())))) for site, cells in found.items()]
-    source = plan_statistics(cards, name="statistics", sites_to_start=len(cards), normalization=normalization,
-                             split_by="donor")
-    inputs = []
-    for i, cells in enumerate(found.values()):
-        data = select_cells(cells, source)
-        sums = compute_statistics(data, source)
-        inputs.append(Input(i, len(data.train), sums, compute_norm(sums)))
-    _, total = allocate_tensors(checkpoint_layout(source))
-    sum_statistics(inputs, into=total)
-    on_record: Any = SimpleNamespace(run=1, spec="0" * 64, checkpoint="0" * 64)
+    source, total, on_record = sum_up(found, normalization=normalization, split_by="donor")
     spec, blob = plan_donor((source, total), on_record, name="donors", **settings)
     seed = decode_tensors(blob, checkpoint_layout(spec))
     sites = {site: select_cells(cells, spec) for site, cells in found.items()}
