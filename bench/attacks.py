@@ -53,7 +53,7 @@ from swarmchain.methods import METHODS
 from swarmchain.metrics import compute_macro_f1
 from swarmchain.planning import plan_cell_type
 from swarmchain.protocol import EFFECT_MNAT_MAX, Opening, Rating, RoundKey
-from swarmchain.rating import find_labels, rate_contributions
+from swarmchain.rating import Rater, find_labels
 from swarmchain.selection import select_cells, select_panel
 from swarmchain.spec import CellTypeSpec, Limits, Normalization, Training
 from swarmchain.trainer import TrainingSet, prepare_training, train_round
@@ -148,6 +148,7 @@ def play(name: str, rounds: int, method: dict[str, Any], attack: str, hostile: t
     spec = CellTypeSpec.model_validate({**task.spec.model_dump(), "merge": method})
     bad = frozenset(hostile)
     cells = [flip(c, len(spec.labels)) if i in bad and attack == "label flip" else c for i, c in enumerate(task.cells)]
+    raters = [Rater(c, spec) for c in cells]
     parent: Arrays = task.seed
     noise, left_out = np.random.default_rng(1), dict.fromkeys(range(len(cells)), 0)
     made: Certified | None = None
@@ -170,7 +171,7 @@ def play(name: str, rounds: int, method: dict[str, Any], attack: str, hostile: t
         for item in made.manifest.included:
             left_out[item.site] += item.doubt is not None
         if spec.merge.trust is not None:
-            ratings = {i: rate(i, bad, parent, (gathered, made), cells, spec) for i in trained}
+            ratings = {i: rate(i, bad, parent, (gathered, made), raters) for i in trained}
         parent = made.tensors
     with np.errstate(all="ignore"):
         score = compute_macro_f1(task.y, predict(parent, task.x, spec), classes=len(spec.labels))
@@ -178,7 +179,7 @@ def play(name: str, rounds: int, method: dict[str, Any], attack: str, hostile: t
 
 
 def rate(rater: int, bad: frozenset[int], parent: Arrays, found: tuple[list[Gathered], Certified],
-         cells: list[TrainingSet], spec: CellTypeSpec) -> tuple[Rating, ...]:
+         raters: list[Rater]) -> tuple[Rating, ...]:
     """What a site says of the others: what it measured, or, if it is hostile, the worst of all honest ones."""
     clips = {item.site: item.clip_factor for item in found[1].manifest.included}
     labels = {item.site: item.labels for item in found[1].manifest.included}
@@ -187,7 +188,7 @@ def rate(rater: int, bad: frozenset[int], parent: Arrays, found: tuple[list[Gath
     if rater in bad:
         return tuple(Rating(site=o.site, effect_mnat=-EFFECT_MNAT_MAX if o.site in bad else EFFECT_MNAT_MAX)
                      for o in others)
-    return rate_contributions(parent, claims, cells[rater], spec)
+    return raters[rater].rate(parent, claims)
 
 
 def flip(cells: TrainingSet, labels: int) -> TrainingSet:

@@ -1,6 +1,6 @@
 """The science tables of docs/benchmarks.md: `swarmchain benchmark` on every set with fixed splits.
 
-    SWARMCHAIN_DATA=DIR python bench/science.py [--data NAME …] [--seeds 3] [--rounds 100] [--real] [--write] [--json]
+    SWARMCHAIN_DATA=DIR python bench/science.py [--data NAME …] [--seeds 3] [--rounds 50] [--real] [--write] [--json]
 
 `SWARMCHAIN_DATA` names the folder with the sets and `splits/`. `--real` plays the first seed again by agents on a
 chain and demands the same checkpoint. `--write` puts the tables into docs/benchmarks.md and the figures into
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=list(ALL), choices=list(ALL))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--out", type=Path, help="a folder for every set's benchmark.json and figure")

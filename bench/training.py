@@ -5,7 +5,8 @@
 On one core, in one process, in turns: the swarm (`swarmchain.inprocess`: all sites' training, coding, store, merge and
 judging), and pooled training of the same network with the same total number of steps (sites × rounds × steps), by the
 same code. Medians of the repeats, and of the ratio of each pair, by the clock and by the processor's time (which does
-not know who else uses the core). Reading and standardising the cells is in neither.
+not know who else uses the core). Reading and standardising the cells is in neither, nor is a first pair that warms up.
+The store is a folder in memory where there is one (/dev/shm): what a disk takes to have data safe is no computing.
 `--memory`: a process of its own for each of the 16 samples of cytof_multicenter.h5ad (929,685 cells), whose cells it
 picks out of the whole file, plays a statistics run and a training run (`--rounds`) from the first sum to the last
 merge; the peak of its resident memory, beside that of a process that only imports the same libraries.
@@ -44,6 +45,8 @@ from swarmchain.selection import select_cells
 from swarmchain.spec import CellTypeSpec, Limits
 from swarmchain.store import read_checkpoint
 
+MEMORY = Path("/dev/shm")
+
 
 def open_room(folder: Path, settings: Settings, cells: dict[str, DataConfig]) -> tuple[InProcess, int, CellTypeSpec]:
     """Sites in one process, ready to train."""
@@ -68,9 +71,9 @@ def measure_time(name: str, rounds: int, repeats: int) -> dict[str, Any]:
     """Median seconds of both, and the median of their ratio."""
     pairs, parts = [], []
     settings = make_settings(name, rounds=rounds)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         files = deal(Path(folder) / "data", settings)
-        for repeat in range(repeats):
+        for repeat in range(repeats + 1):
             room, run, spec = open_room(Path(folder) / str(repeat), settings, files)
             seed = read_checkpoint(room.store, spec.seed_checkpoint, spec)
             sites = [select_cells(read_cells(Path(c.data.path), c.data, spec.normalization), spec)
@@ -86,6 +89,7 @@ def measure_time(name: str, rounds: int, repeats: int) -> dict[str, Any]:
             pooled, started, cpu = pool(sites, seed), time.perf_counter(), time.process_time()
             train_alone(pooled, seed, law, site=0, rounds=rounds)
             pairs.append((swarm_s, time.perf_counter() - started, swarm_cpu_s, time.process_time() - cpu))
+    del pairs[0], parts[0]
     middle = [statistics.median(column) for column in zip(*parts, strict=True)]
     return {"data": name, "sites": len(files), "rounds": rounds, "steps": settings.training.steps,
             "swarm_s": statistics.median(p[0] for p in pairs), "central_s": statistics.median(p[1] for p in pairs),

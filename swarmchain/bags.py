@@ -21,8 +21,19 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-def _stack(widths: Sequence[int]) -> nn.ModuleList:
-    return nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+class Linear(nn.Linear):
+    """A linear layer whose weights are whatever lay in memory: a network is never used before it is loaded.
+
+    Drawing weights only to replace them took as long as a step of training.
+    """
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
+def stack_layers(widths: Sequence[int]) -> nn.ModuleList:
+    """Linear layers from each width to the next."""
+    return nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(widths))
 
 
 class Attention(nn.Module):
@@ -30,9 +41,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, units: int) -> None:
         super().__init__()
-        self.content = nn.Linear(width, units)
-        self.gate = nn.Linear(width, units)
-        self.score = nn.Linear(units, 1)
+        self.content = Linear(width, units)
+        self.gate = Linear(width, units)
+        self.score = Linear(units, 1)
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
         """Attention weights [B, K] of encoded cells."""
@@ -53,9 +64,9 @@ class SetNetwork(nn.Module):
         encoder = settings.encoder if isinstance(settings, DeepSets | GatedAttention) else ()
         width = encoder[-1] if encoder else features
         self.width = width  # E
-        self.encoder = _stack((features, *encoder))
+        self.encoder = stack_layers((features, *encoder))
         self.attention = Attention(width, settings.attention) if isinstance(settings, GatedAttention) else None
-        self.layers = _stack((width, *settings.hidden, labels))
+        self.layers = stack_layers((width, *settings.hidden, labels))
         self.dropout = nn.Dropout(settings.dropout)
 
     def encode(self, bags: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,8 @@ from swarmchain.baselines import pool, train_alone
 from swarmchain.certify import Arrays
 from swarmchain.config import DataConfig
 from swarmchain.data import read_cells
-from swarmchain.examples import BagSet, TrainingSet, prepare_training
+from swarmchain.examples import BagSet, TrainingSet, load_network, prepare_training
 from swarmchain.metrics import compute_auroc, summarize_f1
-from swarmchain.model import load_model
 from swarmchain.selection import SiteData, select_cells
 from swarmchain.spec import DonorSpec, Minimums, TrainedSpec
 
@@ -38,7 +37,7 @@ def load_test(files: Mapping[str, Path], config: DataConfig, seed: Arrays, spec:
 
 def predict_samples(parameters: Arrays, examples: TrainingSet | BagSet, spec: TrainedSpec) -> Floats:
     """Class probabilities of all samples in `examples.validation`, [samples, labels]."""
-    model = load_model(spec, parameters)
+    model = load_network(spec, parameters, examples)
     return examples.predict(model, examples.validation)
 
 

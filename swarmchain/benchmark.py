@@ -80,7 +80,7 @@ class Settings:
     minimums: Minimums = field(default_factory=Minimums)
     sites_per_feature_min: int = 1
     panel_share_min: float = 0.3
-    rounds: int = 100
+    rounds: int = 50
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     merge: Merge | None = None

@@ -19,7 +19,14 @@ from torch import nn
 
 from swarmchain.agreement import standardize
 from swarmchain.errors import DataError
-from swarmchain.model import compute_logits, load_model, predict_probabilities, predict_tensor
+from swarmchain.model import (
+    build_model,
+    compute_logits,
+    load_model,
+    load_state,
+    predict_probabilities,
+    predict_tensor,
+)
 from swarmchain.selection import SiteData
 from swarmchain.spec import DonorSpec, Model, TrainedSpec
 
@@ -27,6 +34,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+FIRST = "layers.0.weight"
 
 
 class Examples(Protocol):
@@ -52,6 +61,19 @@ class Examples(Protocol):
         """SHA-256 of everything that training reads."""
         ...
 
+    @property
+    def features(self) -> int:
+        """How many features the inputs have: those of the panel, or fewer; see `TrainingSet`."""
+        ...
+
+    def narrow(self, state: Arrays) -> Arrays:
+        """The network's tensors without what no input here ever reaches."""
+        ...
+
+    def widen(self, deltas: Arrays, parent: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """What training of the narrow network changed, in the shapes of `parent`: 0 where no input reaches."""
+        ...
+
     def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
         """What every step of a round trains on, [steps, …]: a pure function of the generator's state."""
         ...
@@ -64,12 +86,19 @@ class Examples(Protocol):
         """Class probabilities [chosen, labels]."""
         ...
 
+    def choose(self, chosen: Ints) -> Examples:
+        """Examples whose `validation` is these, in this order, and nothing to train on."""
+        ...
+
 
 @dataclass(frozen=True)
 class TrainingSet:
     """A site's standardised cells, or rows of donors' samples.
 
-    Shapes: `x` float32 [cells, panel], `y` int64 [cells]; `draw` float64 [train cells] sums to 1.
+    Shapes: `x` float32 [cells, features], `y` int64 [cells]; `draw` float64 [train cells] sums to 1.
+
+    A feature that the site lacks is 0 in all of its cells: its weights add nothing and never get a gradient. `columns`
+    are those of the first layer's weights that the features in `x` meet; the site reckons with them alone. None: all.
     """
 
     x: torch.Tensor
@@ -77,11 +106,29 @@ class TrainingSet:
     train: Ints
     validation: Ints
     draw: npt.NDArray[np.float64]
+    columns: Ints | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """See `Examples`."""
         return _hash(self.x.numpy(), self.y.numpy(), self.train, self.draw)
+
+    @property
+    def features(self) -> int:
+        """See `Examples`."""
+        return int(self.x.shape[1])
+
+    def narrow(self, state: Arrays) -> Arrays:
+        """See `Examples`."""
+        return state if self.columns is None else {**state, FIRST: state[FIRST][:, self.columns]}
+
+    def widen(self, deltas: Arrays, parent: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """See `Examples`."""
+        if self.columns is None:
+            return dict(deltas)
+        wide = np.zeros_like(parent[FIRST])
+        wide[:, self.columns] = deltas[FIRST]
+        return {**deltas, FIRST: wide}
 
     def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
         """See `Examples`; [steps, batch_size] row numbers."""
@@ -94,6 +141,12 @@ class TrainingSet:
     def predict(self, model: nn.Module, chosen: Ints) -> Floats:
         """See `Examples`."""
         return predict_tensor(model, self._validation_x if chosen is self.validation else self.x[chosen])
+
+    def choose(self, chosen: Ints) -> TrainingSet:
+        """See `Examples`; they are copied."""
+        none = np.zeros(0, dtype=np.int64)
+        return replace(self, x=self.x[chosen], y=self.y[chosen], train=none, validation=np.arange(len(chosen)),
+                       draw=np.zeros(0))
 
     @cached_property
     def _validation_x(self) -> torch.Tensor:
@@ -131,6 +184,19 @@ class BagSet:
         """See `Examples`."""
         return _hash(self.x.numpy(), self.cells, self.starts, self.y.numpy(), self.train, self.draw)
 
+    @property
+    def features(self) -> int:
+        """See `Examples`."""
+        return int(self.x.shape[1])
+
+    def narrow(self, state: Arrays) -> Arrays:
+        """See `Examples`; bags keep all features."""
+        return state
+
+    def widen(self, deltas: Arrays, parent: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """See `Examples`."""
+        return dict(deltas)
+
     def sample(self, generator: np.random.Generator, steps: int, batch_size: int) -> Ints:
         """See `Examples`; [steps, batch_size + 1]: samples, and the seed that their cells are drawn by."""
         samples = self.train[draw_weighted(generator, sum_weights(self.draw), (steps, batch_size))]
@@ -145,6 +211,10 @@ class BagSet:
     def predict(self, model: nn.Module, chosen: Ints) -> Floats:
         """See `Examples`; a sample's bag is all of its cells."""
         return np.concatenate([predict_probabilities(model, self.get_bag(int(sample))[None]) for sample in chosen])
+
+    def choose(self, chosen: Ints) -> BagSet:
+        """See `Examples`; nothing is copied, and samples keep their numbers."""
+        return replace(self, train=np.zeros(0, dtype=np.int64), validation=chosen, draw=np.zeros(0))
 
     def call(self, model: nn.Module, chosen: Ints) -> Floats:
         """Logits [chosen, labels]."""
@@ -179,16 +249,28 @@ def prepare_training(
     examples_per_label
         Training cells (task `donor`: training samples) of every class over all sites, [labels].
     """
-    x = torch.from_numpy(standardize(data.x, data.present, constants))
     if isinstance(spec.model, Model):
-        draw = _weigh(data.y[data.train], spec, examples_per_label)
-        return TrainingSet(x=x, y=torch.from_numpy(data.y), train=data.train, validation=data.validation, draw=draw)
+        kept = _find_kept(data, spec)
+        chosen = {name: constants[name][kept] for name in ("standardize.mean", "standardize.scale")}
+        x = torch.from_numpy(standardize(data.x[:, kept], data.present[kept], chosen))
+        columns = np.concatenate([kept, kept + len(data.present)]) if spec.model.mask else kept
+        return TrainingSet(x=x, y=torch.from_numpy(data.y), train=data.train, validation=data.validation,
+                           draw=_weigh(data.y[data.train], spec, examples_per_label),
+                           columns=None if len(kept) == len(data.present) else columns)
+    x = torch.from_numpy(standardize(data.x, data.present, constants))
     assert data.samples is not None
     cells, starts = _group(data.samples, len(data.sample_names))
     y = data.y[cells[starts[:-1]]]
     train, validation = np.unique(data.samples[data.train]), np.unique(data.samples[data.validation])
     return BagSet(x=x, cells=cells, starts=starts, y=torch.from_numpy(y), train=train, validation=validation,
                   draw=_weigh(y[train], spec, examples_per_label), bag_size=spec.bag_size)
+
+
+def load_network(spec: TrainedSpec, state: Arrays, cells: Examples) -> nn.Module:
+    """The spec's network with these weights, for the inputs of these examples."""
+    model = build_model(spec, features=cells.features)
+    load_state(model, cells.narrow(state))
+    return model
 
 
 def prepare_validation(data: SiteData, spec: TrainedSpec, constants: Arrays) -> TrainingSet | BagSet:
@@ -256,6 +338,16 @@ def _weigh(y: Ints, spec: TrainedSpec, examples_per_label: npt.NDArray[np.generi
     weights = 1.0 / divisors[spec.training.class_balance][y]
     draw: npt.NDArray[np.float64] = weights / weights.sum()
     return draw
+
+
+def _find_kept(data: SiteData, spec: TrainedSpec) -> Ints:
+    """Numbers of the panel's features that the site reckons with: those that it has.
+
+    All where weights decay: a weight without a gradient then changes, too.
+    """
+    everything = np.arange(len(data.present))
+    is_all = spec.training.weight_decay > 0 or not data.present.any()
+    return everything if is_all else everything[data.present]
 
 
 def _group(samples: Ints, count: int) -> tuple[Ints, Ints]:

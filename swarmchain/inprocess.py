@@ -4,7 +4,7 @@ What a benchmark needs that trains many swarms: the same bytes as agents on a re
 block or process. Every site's share is `work.RunWork`, as its agent does it, with codec, residuals, local tensors and
 gate; contributions go through a store and are hashed and checked again on their way to the merge; rounds, votes and
 quorum are those of `rules.Replica`. What is left out is what nobody computes with: signatures, gas, time, and that
-every site recomputes the merge (one does it for all).
+every site fetches all contributions and recomputes the merge (one does it for all).
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ class InProcess:
             assert certified is not None, "every site has disclosed a contribution of its own making"
             self.store.put_blob(certified.checkpoint, digest=certified.manifest.checkpoint)
             self.store.put_blob(certified.manifest_bytes)
+            for work in works[1:]:
+                work.take_checked(works[0])
             merge_s = time.perf_counter() - started
             scores, judge_s = self._vote(works, certified, view)
             view = self.view_run(run)

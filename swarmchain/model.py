@@ -6,7 +6,6 @@ the names of `layouts.state_layout`: `layers.<i>.weight` [out, in], `layers.<i>.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from swarmchain.bags import SetNetwork
+from swarmchain.bags import SetNetwork, stack_layers
 from swarmchain.errors import DataError, SpecError
 from swarmchain.layouts import state_layout
 from swarmchain.protocol import derive_seed
@@ -34,7 +33,7 @@ class Perceptron(nn.Module):
     def __init__(self, widths: list[int], *, dropout: float, batch_norm: bool = False, mask: bool = False) -> None:
         super().__init__()
         self.mask = mask
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.layers = stack_layers(widths)
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) if batch_norm else nn.Identity() for width in widths[1:-1])
         self.dropout = nn.Dropout(dropout)
 
@@ -48,9 +47,12 @@ class Perceptron(nn.Module):
         return logits
 
 
-def build_model(spec: TrainedSpec) -> Perceptron | SetNetwork:
-    """The spec's network with arbitrary weights; load some before use."""
-    model, width = spec.model, len(spec.panel.features)
+def build_model(spec: TrainedSpec, *, features: int | None = None) -> Perceptron | SetNetwork:
+    """The spec's network with whatever weights lie in memory; load some before use.
+
+    `features` is how many it is for, where those are not all of the panel.
+    """
+    model, width = spec.model, features or len(spec.panel.features)
     if not isinstance(model, Model):
         return SetNetwork(model, width, len(spec.labels))
     widths = [width * (1 + model.mask), *model.hidden, len(spec.labels)]
@@ -58,24 +60,24 @@ def build_model(spec: TrainedSpec) -> Perceptron | SetNetwork:
 
 
 def load_model(spec: TrainedSpec, state: Arrays) -> Perceptron | SetNetwork:
-    """The spec's network with these weights, made without drawing any first."""
-    with torch.device("meta"):
-        model = build_model(spec)
-    model.to_empty(device="cpu")
+    """The spec's network with these weights."""
+    model = build_model(spec)
     load_state(model, state)
     return model
 
 
 def load_state(model: nn.Module, state: Arrays) -> None:
     """Set every parameter and buffer of `model` from arrays of the same names; other arrays are ignored."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type == "cpu":
+            np.copyto(tensor.numpy(), state[name])  # shares the tensor's memory
+        else:
             tensor.copy_(torch.tensor(state[name]))
 
 
 def read_state(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
     """Copies of all parameters and buffers, by name."""
-    return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
 def draw_state(spec: TrainedSpec) -> dict[str, npt.NDArray[Any]]:

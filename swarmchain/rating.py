@@ -30,31 +30,36 @@ STEP = 0.2
 CELLS_MAX = 256
 
 
-def rate_contributions(parent: Arrays, claims: Iterable[Claim], cells: Examples, spec: TrainedSpec
-                       ) -> tuple[Rating, ...]:
-    """Ratings by site; none without validation cells.
+class Rater:
+    """A site's chosen validation cells and a network to try weights in, both made once for all rounds of a run."""
 
-    Parameters
-    ----------
-    parent
-        The network that the round started from, with this site's own local tensors.
-    claims
-        A contribution's tensors are read before the next is asked for.
-    """
-    rows = choose_rows(cells)
-    if len(rows) == 0:
-        return ()
-    y, model = cells.y.numpy()[rows], build_model(spec)
+    def __init__(self, cells: Examples, spec: TrainedSpec) -> None:
+        self._cells = cells.choose(choose_rows(cells))
+        self._y = self._cells.y.numpy()[self._cells.validation]
+        self._model = build_model(spec, features=cells.features)
 
-    def measure(state: Arrays) -> npt.NDArray[np.float64]:
-        load_state(model, state)
-        return compute_losses(cells.predict(model, rows), y)
+    def rate(self, parent: Arrays, claims: Iterable[Claim]) -> tuple[Rating, ...]:
+        """Ratings by site; none without validation cells.
 
-    start, found = measure(parent), []
-    for claim in claims:
-        moved = measure({**parent, **_move(parent, claim.tensors, STEP * claim.clip_factor)})
-        found.append(Rating(site=claim.site, effect_mnat=_to_mnat(compute_effect(moved - start, y, claim.labels))))
-    return tuple(sorted(found, key=lambda rating: rating.site))
+        Parameters
+        ----------
+        parent
+            The network that the round started from, with this site's own local tensors.
+        claims
+            A contribution's tensors are read before the next is asked for.
+        """
+        if len(self._y) == 0:
+            return ()
+        start, found = self._measure(parent), []
+        for claim in claims:
+            moved = self._measure(_move(parent, claim.tensors, STEP * claim.clip_factor))
+            effect = compute_effect(moved - start, self._y, claim.labels)
+            found.append(Rating(site=claim.site, effect_mnat=_to_mnat(effect)))
+        return tuple(sorted(found, key=lambda rating: rating.site))
+
+    def _measure(self, state: Arrays) -> npt.NDArray[np.float64]:
+        load_state(self._model, self._cells.narrow(state))
+        return compute_losses(self._cells.predict(self._model, self._cells.validation), self._y)
 
 
 def find_labels(cells: Examples) -> tuple[int, ...]:
@@ -97,8 +102,9 @@ def compute_effect(changes: npt.NDArray[np.float64], y: npt.NDArray[np.int64], c
 
 def _move(parent: Arrays, tensors: Arrays, factor: float) -> Arrays:
     with np.errstate(over="ignore", invalid="ignore"):
-        return {name: parent[name] + np.float32(factor) * read_piece(tensors, name, 0, parent[name].size).reshape(
+        moved = {name: parent[name] + np.float32(factor) * read_piece(tensors, name, 0, parent[name].size).reshape(
             parent[name].shape) for name in list_deltas(tensors)}
+    return {**parent, **moved}
 
 
 def _to_mnat(effect: float) -> int:

@@ -157,7 +157,7 @@ class CellTypeTask:
         import torch
 
         from swarmchain.data import load_site_data
-        from swarmchain.rating import find_labels
+        from swarmchain.rating import Rater, find_labels
         from swarmchain.trainer import prepare_training
 
         torch.set_num_threads(config.agent.threads)
@@ -173,6 +173,7 @@ class CellTypeTask:
         self._cells = prepare_training(self._data, spec, constants, counts[rows])
         self._scored: tuple[Arrays, float | None] = ({}, None)
         self.labels = find_labels(self._cells)
+        self._rater = Rater(self._cells, spec)
 
     def describe(self) -> dict[str, int]:
         """See `Task`."""
@@ -220,12 +221,10 @@ class CellTypeTask:
 
     def rate(self, past: Past) -> tuple[Rating, ...]:
         """See `rating`."""
-        from swarmchain.rating import rate_contributions
-
-        own = self._kept.read(past.round_id) or {}
         if len(self._cells.validation) == 0:
             return ()
-        return rate_contributions({**past.read_parent(), **own}, past.read_contributions(), self._cells, self._spec)
+        own = self._kept.read(past.round_id) or {}
+        return self._rater.rate({**past.read_parent(), **own}, past.read_contributions())
 
 
 class DonorTask(CellTypeTask):
@@ -261,8 +260,7 @@ class EvaluationTask:
     def __init__(self, config: SiteConfig, spec: EvaluationSpec, trained: tuple[TrainedSpec, Arrays], *,
                  own: Arrays) -> None:
         from swarmchain.data import load_site_data
-        from swarmchain.examples import list_owners, prepare_validation
-        from swarmchain.model import build_model, load_state
+        from swarmchain.examples import list_owners, load_network, prepare_validation
 
         source, checkpoint = trained
         if spec.labels != source.labels:
@@ -279,8 +277,7 @@ class EvaluationTask:
             owners = len(np.unique(list_owners(self._data, examples))) if known else 0
             self._require(config.name, "donors", owners, spec.donors_min)
         self._spec, self._truth = spec, examples.y.numpy()[examples.validation]
-        network = build_model(source)
-        load_state(network, {**checkpoint, **own})
+        network = load_network(source, {**checkpoint, **own}, examples)
         self._logits = examples.call(network, examples.validation)
 
     @staticmethod

@@ -235,6 +235,10 @@ class RunWork:
         """Whether the checkpoint passes this site's gate, and its macro-F1 on the site's validation cells."""
         return self.task.judge(certified.tensors, self.read_parent(view)[1])
 
+    def take_checked(self, other: RunWork) -> None:
+        """Hold the contributions that another site in this process has fetched and checked, as if this one had."""
+        self._round, self._good = other._round, dict(other._good)
+
     def _enter(self, key: RoundKey) -> None:
         if key != self._round:
             self._round, self._good = key, {}

@@ -36,7 +36,7 @@ from swarmchain.protocol import (
     parse_manifest,
     parse_opening,
 )
-from swarmchain.rating import CELLS_MAX, choose_rows, find_labels, rate_contributions
+from swarmchain.rating import CELLS_MAX, Rater, choose_rows, find_labels
 from swarmchain.spec import CellTypeSpec, Limits, Panel, StatisticsRef, Training
 from swarmchain.trainer import TrainingSet, train_round
 from swarmchain.trust import Claim, choose_harmful, find_agreed, update_harm
@@ -272,11 +272,11 @@ def test_site_without_a_class_is_rated_on_what_it_was_trained_on(spec: CellTypeS
     partial = replace(partial, draw=np.ones(len(partial.train)) / len(partial.train))
     assert find_labels(partial) == (0, 1)
     deltas = train_round(parent, partial, spec, round_id=2, site=1).deltas
-    of_all, of_its_own = (rate_contributions(parent, [claim(1, deltas, labels)], rater, spec)[0].effect_mnat
+    of_all, of_its_own = (Rater(rater, spec).rate(parent, [claim(1, deltas, labels)])[0].effect_mnat
                           for labels in ((0, 1, 2), (0, 1)))
     assert of_its_own < 0 < of_all
     # what nobody here has, or no claim at all, is rated by everything: nobody escapes by claiming it
-    assert {rate_contributions(parent, [claim(1, deltas, labels)], rater, spec)[0].effect_mnat
+    assert {Rater(rater, spec).rate(parent, [claim(1, deltas, labels)])[0].effect_mnat
             for labels in ((), (7,))} == {of_all}
 
 
@@ -293,23 +293,23 @@ def test_training_helps_and_its_reverse_harms(spec: CellTypeSpec) -> None:
     deltas = train_round(parent, make_site(1, spec), spec, round_id=1, site=1).deltas
     reverse = {name: -delta for name, delta in deltas.items()}
     noise = {name: np.zeros_like(delta) for name, delta in deltas.items()}
-    found = rate_contributions(parent, [claim(3, reverse), claim(1, deltas), claim(2, noise)], site, spec)
+    found = Rater(site, spec).rate(parent, [claim(3, reverse), claim(1, deltas), claim(2, noise)])
     assert [r.site for r in found] == [1, 2, 3]
     assert found[0].effect_mnat < -50 and found[1].effect_mnat == 0 and found[2].effect_mnat > 50
-    assert found == rate_contributions(parent, [claim(1, deltas), claim(2, noise), claim(3, reverse)], site, spec)
+    assert found == Rater(site, spec).rate(parent, [claim(1, deltas), claim(2, noise), claim(3, reverse)])
     coded, _ = encode_deltas(deltas, "int8")
-    assert abs(rate_contributions(parent, [claim(1, coded)], site, spec)[0].effect_mnat - found[0].effect_mnat) <= 2
+    assert abs(Rater(site, spec).rate(parent, [claim(1, coded)])[0].effect_mnat - found[0].effect_mnat) <= 2
 
 
 def test_contribution_that_gives_no_number_is_as_bad_as_can_be(spec: CellTypeSpec) -> None:
     parent = draw_state(spec)
     huge = {name: np.full(shape, 3e38, np.float32) for name, (_, shape) in parameter_layout(spec).items()}
-    assert rate_contributions(parent, [claim(1, huge)], make_site(0, spec), spec)[0].effect_mnat == WORST
+    assert Rater(make_site(0, spec), spec).rate(parent, [claim(1, huge)])[0].effect_mnat == WORST
 
 
 def test_site_without_validation_cells_rates_nobody(spec: CellTypeSpec) -> None:
     site = replace(make_site(0, spec), validation=np.array([], np.int64))
-    assert rate_contributions(draw_state(spec), [], site, spec) == ()
+    assert Rater(site, spec).rate(draw_state(spec), []) == ()
 
 
 def test_cells_to_rate_by_are_few_and_of_every_class(spec: CellTypeSpec) -> None:

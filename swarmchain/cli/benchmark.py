@@ -40,7 +40,7 @@ from swarmchain.cli.common import example, interrupt_on_signals, print_json
               show_default=True, help="What X holds.")
 @click.option("--features-at", type=click.IntRange(min=1), default=3, show_default=True,
               help="The panel is what at least so many sites have.")
-@click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True, help="Rounds of each swarm.")
+@click.option("--rounds", type=click.IntRange(min=1), default=50, show_default=True, help="Rounds of each swarm.")
 @click.option("--steps", type=click.IntRange(min=1), help="Minibatches of a site in one round. Default: 20.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE",
               help="Another field of training or model, as training.lr=0.003; may be given again.")

@@ -82,7 +82,7 @@ def cell_type_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Of all randomness in training."),
         click.option("--lr", type=click.FloatRange(min=0, min_open=True),
                      help="Learning rate in the first round. Default: 0.001, after arcsinh 0.01."),
-        click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True,
+        click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True,
                      help="Minibatches per round."),
         click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds to train."),
         click.option("--name", default="cell types", show_default=True, help="What the sites call it."),
