@@ -29,7 +29,7 @@ from swarmchain.benchmark_donors import run_donor_benchmark
 from swarmchain.dealing import Dealt
 from swarmchain.dealing_donors import AML_FOLDS, KANG_FOLDS, deal_aml, deal_kang
 from swarmchain.planning import recommend_training
-from swarmchain.scoreboard import METRICS, format_row, write_figure
+from swarmchain.scoreboard import HOME, METRICS, format_row, write_figure
 from swarmchain.spec import Minimums, Normalization, Pseudobulk, RowModel, Training
 
 GENES: dict[str, Any] = {"normalization": Normalization(), "sites_per_feature_min": 3, "panel_share_min": 0.3}
@@ -48,7 +48,7 @@ SETS: dict[str, tuple[str, str, dict[str, Any]]] = {
 AML: dict[str, Any] = {
     "label_column": "diagnosis", "donor_column": "subject", "state": "none",
     "normalization": Normalization(kind="none"), "minimums": Minimums(cells_per_label=1), "sites_per_feature_min": 2,
-    "rounds": 40, "training": Training(steps=10, batch_size=32, weight_decay=1e-3),
+    "rounds": 40, "training": Training(steps=10, batch_size=32, weight_decay=1e-3, class_balance="inverse"),
     "donor": {"model": RowModel(hidden=(64,), dropout=0.3), "labels_min": 1}}
 KANG: dict[str, Any] = {
     "label_column": "condition", "donor_column": "donor", "sample_column": "sample", "sites_per_feature_min": 2,
@@ -118,12 +118,12 @@ def format_tables(rows: dict[str, dict[str, Any]]) -> str:
 
 def format_home(rows: dict[str, dict[str, Any]]) -> str:
     heads = ("data", "site", "cells", "trained alone", "swarm", "gain", "swarm, own shares", "gain",
-             "swarm, trained on", "gain")
+             "swarm, trained on", "gain", "mixture", "gain")
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for name, found in rows.items():
         for site, one in found["home"].items():
             cells = [f"{one['cells']:,}" if "cells" in one else "–", f"{one['local']:.3f}"]
-            for key in ("swarm", "swarm_own_shares", "swarm_trained_on"):
+            for key in ("swarm", *HOME):
                 cells += [f"{one[key]:.3f}", f"{one[key] - one['local']:+.3f}"] if key in one else ["–", "–"]
             lines.append(f"| {name} | {site} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

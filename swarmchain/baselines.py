@@ -16,17 +16,16 @@ import numpy.typing as npt
 
 from swarmchain.agreement import count_samples, standardize
 from swarmchain.certify import Arrays
-from swarmchain.metrics import compute_f1, compute_macro_f1, summarize_f1
+from swarmchain.metrics import compute_f1, summarize_f1
 from swarmchain.model import load_model, predict_probabilities
 from swarmchain.selection import SiteData
-from swarmchain.shares import apply_shares, compute_drawn, count_own
 from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
 from swarmchain.trainer import prepare_training, train_round
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-TRAINED_ON_ROUNDS = 20
+TRAINED_ON_ROUNDS = 10
 TRAINED_ON_LR_SHARE = 0.3
 
 
@@ -34,24 +33,6 @@ def predict(parameters: Arrays, x: Floats, spec: CellTypeSpec) -> Ints:
     """Label indices [cells] of standardised cells [cells, panel]."""
     model = load_model(spec, parameters)
     called: Ints = predict_probabilities(model, x).argmax(axis=1).astype(np.int64)
-    return called
-
-
-def score_at_home(parameters: Arrays, data: SiteData, cells_per_label: npt.NDArray[np.generic], spec: CellTypeSpec, *,
-                  constants: Arrays) -> float:
-    """Macro-F1 on a site's validation cells once its own shares of the classes are allowed for; see `shares`."""
-    x = standardize(data.x, data.present, constants)[data.validation]
-    called = predict_at_home(parameters, x, spec, data=data, cells_per_label=cells_per_label)
-    return compute_macro_f1(data.y[data.validation], called, classes=len(spec.labels))
-
-
-def predict_at_home(parameters: Arrays, x: Floats, spec: CellTypeSpec, *, data: SiteData,
-                    cells_per_label: npt.NDArray[np.generic]) -> Ints:
-    """As `predict`, once the shares of the classes among a site's training cells are allowed for; see `shares`."""
-    own = count_own(data.y[data.train], len(spec.labels))
-    probabilities = predict_probabilities(load_model(spec, parameters), x)
-    told = apply_shares(probabilities, own, compute_drawn(cells_per_label, spec))
-    called: Ints = told.argmax(axis=1).astype(np.int64)
     return called
 
 

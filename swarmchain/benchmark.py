@@ -28,27 +28,21 @@ from pydantic import BaseModel, ValidationError
 
 from swarmchain.agreement import standardize
 from swarmchain.arena import open_arena
-from swarmchain.baselines import (
-    TRAINED_ON_ROUNDS,
-    pool,
-    predict,
-    predict_linear,
-    score_at_home,
-    train_alone,
-    train_on,
-)
+from swarmchain.baselines import pool, predict, predict_linear, train_alone
 from swarmchain.certify import Arrays
 from swarmchain.config import DataConfig
 from swarmchain.data import read_cells, read_names
 from swarmchain.dealing import Dealt, deal_splits
 from swarmchain.errors import ConfigError, DataError
 from swarmchain.intervals import Interval, resample_macro_f1
+from swarmchain.layouts import local_layout
 from swarmchain.merging import Merge
 from swarmchain.metrics import compute_f1, compute_macro_f1
 from swarmchain.planning import plan_cell_type, plan_donor, plan_statistics, read_statistics
 from swarmchain.protocol import derive_seed, first_problem
 from swarmchain.selection import SiteData, select_cells, select_panel
 from swarmchain.spec import Limits, Minimums, Model, Normalization, Training
+from swarmchain.stacking import score_at_home
 from swarmchain.store import read_checkpoint
 from swarmchain.trainer import prepare_training, score_checkpoint
 
@@ -124,14 +118,15 @@ class Test:
 class Measured:
     """Predictions on the held-out cells, by arm and seed, and what the sites see at home, by seed.
 
-    `home[site]` holds (swarm, local, swarm with the site's own shares of the classes, swarm trained on at the site).
+    `home[site]` holds macro-F1 of `swarm` and `local`, and of what the site may make of the swarm's model: see
+    `stacking.score_at_home`.
     """
 
     truth: Ints
     labels: tuple[str, ...]
     unknown: int
     predictions: dict[str, list[Ints]] = field(default_factory=dict)
-    home: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
+    home: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     checkpoints: list[str] = field(default_factory=list)
     wall_s: dict[str, list[float]] = field(default_factory=dict)
 
@@ -274,11 +269,11 @@ def measure(measured: Measured, swarm: Swarm, test: Test, settings: Settings) ->
         here = score_checkpoint(alone, cells, spec)
         shared = swarm.scores.get(name)
         if here is not None and shared is not None:
-            own = shared if spec.model.local else score_at_home(swarm.tensors, data, swarm.counts, spec,
-                                                                constants=swarm.seed)
-            more = train_on(swarm.tensors, data, spec, site=i, constants=swarm.seed, rounds=TRAINED_ON_ROUNDS)
-            on = score_checkpoint(more, cells, spec) or 0.0
-            measured.home.setdefault(name, []).append((shared, here, own, on))
+            entry = {"swarm": shared, "local": here}
+            if not local_layout(spec):  # else the sites kept parts of the swarm's model to themselves
+                entry |= score_at_home(alone, swarm.tensors, data, spec, counts=swarm.counts, constants=swarm.seed,
+                                       site=i)
+            measured.home.setdefault(name, []).append(entry)
     # it has no seed; fitted again, since the panel is a seed's own by right
     measured.add("linear", predict_linear(pooled, swarm.seed, test.x))
 
@@ -323,9 +318,8 @@ def summarize(measured: Measured, swarms: Sequence[Swarm], settings: Settings, l
         for arm, values in scores.items()}
     arms["local_worst"]["site"] = worst.removeprefix(LOCAL)
     intervals, differences = _compute_intervals(measured, worst, settings)
-    keys = ("swarm", "local", "swarm_own_shares", "swarm_trained_on")
-    home = {name: {**dict(zip(keys, np.mean(found, axis=0).tolist(), strict=True)),
-                   "difference": float(np.mean([shared - here for shared, here, *_ in found])),
+    home = {name: {**{key: float(np.mean([entry[key] for entry in found])) for key in found[0]},
+                   "difference": float(np.mean([entry["swarm"] - entry["local"] for entry in found])),
                    "cells": len(swarms[0].sites[name].validation)}
             for name, found in measured.home.items()}
     spec = swarms[0].spec

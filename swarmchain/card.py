@@ -13,7 +13,7 @@ What stands in the card is computed from the chain and the store (see `release`)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,6 +148,10 @@ class ModelFolder:
     def threshold(self) -> float:
         """Confidence below which a call counts as unknown; 0 without an evaluation."""
         return self.card.evaluation.threshold if self.card.evaluation else 0.0
+
+    def drop_evaluation(self) -> ModelFolder:
+        """The same without its evaluation, which says nothing of what else is made of the model."""
+        return replace(self, card=self.card.model_copy(update={"evaluation": None}))
 
 
 def read_model_folder(folder: Path) -> ModelFolder:

@@ -5,8 +5,9 @@ and steps as the swarm's. Both are scored on this site's validation cells, or th
 which neither was trained on. Nothing leaves the site.
 
 A site's own model knows how often its classes are, and a swarm's expects them as often as training drew them. So for
-models of cells two more stand beside the swarm's: the same model told the site's own shares of the classes (`shares`),
-and the same trained for some rounds more on the site's own cells.
+models of cells three more stand beside the swarm's: the same model told the site's own shares of the classes
+(`shares`), the same trained for some rounds more on the site's own cells, and a mixture of all of them and the
+hospital's own model (`stacking`).
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swarmchain.baselines import TRAINED_ON_ROUNDS, train_alone, train_on
+from swarmchain.baselines import TRAINED_ON_ROUNDS, train_alone
 from swarmchain.baselines_donors import predict_samples
 from swarmchain.calibration import compute_class_scores
 from swarmchain.config import SiteConfig
 from swarmchain.data import load_site_data
 from swarmchain.errors import DataError
-from swarmchain.examples import list_owners, prepare_validation
+from swarmchain.examples import TrainingSet, list_owners, prepare_validation
 from swarmchain.metrics import compute_auroc, compute_macro_f1
 from swarmchain.protocol import RunView, derive_seed
-from swarmchain.shares import apply_shares, compute_drawn, count_own
+from swarmchain.shares import compute_drawn, count_own
 from swarmchain.spec import CellTypeSpec, DonorSpec, TrainedSpec
+from swarmchain.stacking import MODELS, VARIANTS, HomeModel, call_at_home, cross_fit, make_home
 from swarmchain.store import Store, read_checkpoint
 from swarmchain.work import load_statistics_source, read_own
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 RESAMPLES = 1000
-VARIANTS = ("own_shares", "trained_on")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Comparison:
     `home` and `swarm` are macro-F1; `areas` are both models' areas under the ROC curve, home first, where the run
     scores by them and the validation samples have both labels. `low` and `high` bound 95 % of the differences (swarm -
     home) in the run's score over `RESAMPLES` draws with replacement of the validation cells, or the validation donors
-    with all their samples (paired bootstrap; Efron & Tibshirani 1993, chapter 13).
+    with all their samples (paired bootstrap; Efron & Tibshirani 1993, chapter 13). `mixture` is that of the variant
+    `stacked`, made with all validation cells; the variant's scores are of each cell by weights that others gave.
     """
 
     site: str
@@ -74,6 +76,7 @@ class Comparison:
     unit: str = "cells"
     variants: Mapping[str, Variant] = field(default_factory=dict)
     trained_on_rounds: int = 0
+    mixture: HomeModel | None = None
 
     @property
     def difference(self) -> float:
@@ -102,6 +105,7 @@ class Comparison:
             "differences": {name: {"value": variant.macro_f1 - self.home, "interval": [variant.low, variant.high]}
                             for name, variant in self.variants.items()},
             "trained_on_rounds": self.trained_on_rounds,
+            "weights": self.mixture.weights if self.mixture else None,
             "interval": [self.low, self.high], "verdict": self.verdict,
             "per_class": {label: {"support": n, "home": home, "swarm": swarm,
                                   **{name: variant.f1[i] for name, variant in self.variants.items()}}
@@ -142,12 +146,19 @@ def compare_site(config: SiteConfig, store: Store, view: RunView, spec: TrainedS
     home = train(data, seed, spec, site=site, rounds=view.finalized_round)
     examples = prepare_validation(data, spec, checkpoint)
     truth, classes = examples.y.numpy()[examples.validation], len(spec.labels)
-    chances = {name: predict_samples(state, examples, spec) for name, state in (("home", home), ("swarm", checkpoint))}
+    mixture: HomeModel | None = None
     if isinstance(spec, CellTypeSpec):
-        chances["own_shares"] = apply_shares(chances["swarm"], count_own(data.y[data.train], classes),
-                                             compute_drawn(_read_counts(store, spec), spec))
-        more = train_on(checkpoint, data, spec, site=site, constants=seed, rounds=rounds)
-        chances["trained_on"] = predict_samples(more, examples, spec)
+        assert isinstance(examples, TrainingSet)
+        counts = _read_counts(store, spec)
+        chances, more = call_at_home(home, checkpoint, data, examples, spec, counts=counts, constants=seed, site=site,
+                                     rounds=rounds)
+        mixture = make_home(chances, truth, {"home": home, "trained_on": more}, spec, site=config.name, run=view.run,
+                            checkpoint=view.checkpoint,
+                            ratios=count_own(data.y[data.train], classes) / compute_drawn(counts, spec))
+        chances["stacked"] = cross_fit(np.stack([chances[name] for name in MODELS]), truth)
+    else:
+        chances = {name: predict_samples(state, examples, spec)
+                   for name, state in (("home", home), ("swarm", checkpoint))}
     by_donor = isinstance(spec, DonorSpec)
     owners = list_owners(data, examples) if by_donor else np.arange(len(truth))
     area = isinstance(spec, DonorSpec) and spec.score == "auroc" and len(np.unique(truth)) == 2
@@ -161,7 +172,8 @@ def compare_site(config: SiteConfig, store: Store, view: RunView, spec: TrainedS
         areas=(_score_area(truth, chances["home"]), _score_area(truth, chances["swarm"])) if area else None,
         unit="samples" if by_donor else "cells", trained_on_rounds=0 if by_donor else rounds,
         variants={name: Variant(_score_f1(truth, chances[name]), f1[name], *bounds[name])
-                  for name in VARIANTS if name in chances})
+                  for name in VARIANTS if name in chances},
+        mixture=mixture)
 
 
 def _score_f1(truth: Ints, chances: Floats) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -27,15 +28,19 @@ from swarmchain.calls import (
 )
 from swarmchain.card import ModelFolder
 from swarmchain.errors import ConfigError
-from swarmchain.model import build_model, load_state
-from swarmchain.spec import Model
+from swarmchain.model import load_model, predict_probabilities
+from swarmchain.spec import CellTypeSpec, Model
+from swarmchain.stacking import HomeModel
 
 # from cells on the panel, standardised [cells, panel], to logits [cells, labels]
 Caller = Callable[[Singles], Singles]
 
 
-def call_cells(model: ModelFolder, path: Path, settings: Settings) -> Calls:
+def call_cells(model: ModelFolder, path: Path, settings: Settings, *, home: HomeModel | None = None) -> Calls:
     """Call every cell of a file; where the model calls donors from one row each, every row.
+
+    With `home` by a site's mixture, whose probabilities stand as they are: the site's validation cells weighed them.
+    Give the model without its evaluation then, which says nothing of a mixture.
 
     Raises
     ------
@@ -45,12 +50,14 @@ def call_cells(model: ModelFolder, path: Path, settings: Settings) -> Calls:
         If the file cannot serve the model: too little of its panel is there, or X is in a state from which the model's
         cannot be made.
     """
-    caller = _prepare(model)
+    caller = _prepare(model) if home is None else _prepare_mixture(model, home)
     with open_cells(model, path, settings) as cells:
         logits = np.empty((cells.matrix.cells, len(model.spec.labels)), np.float32)
         for rows, x, _ in cells.read_batches():
             logits[rows] = caller(x)
-        return make_calls(model, logits, state=cells.matrix.state, features_found=cells.features_found)
+        calls = make_calls(model, logits, state=cells.matrix.state, features_found=cells.features_found)
+    about = {} if home is None else {"home_site": home.card.site, "home_weights": dict(home.weights)}
+    return replace(calls, about=about)
 
 
 def draw_calls(folder: Path, model: ModelFolder, path: Path, calls: Calls, settings: Settings, *,
@@ -100,14 +107,25 @@ def _prepare(model: ModelFolder) -> Caller:
     if not isinstance(model.spec.model, Model):
         raise ConfigError(f"a model of kind {model.spec.model.kind} calls samples, not cells",
                           hint="say whose cells are whose: --donor-column, --sample-column")
-    network = build_model(model.spec)
-    load_state(network, model.tensors)
-    network.eval()
+    network = load_model(model.spec, model.tensors).eval()
 
     def call(x: Singles) -> Singles:
         with torch.inference_mode():
             logits: Singles = network(torch.from_numpy(x)).numpy()
         return logits
+
+    return call
+
+
+def _prepare_mixture(model: ModelFolder, home: HomeModel) -> Caller:
+    assert isinstance(model.spec, CellTypeSpec)
+    networks = {name: load_model(model.spec, state)
+                for name, state in {**home.networks, "swarm": model.tensors}.items()}
+
+    def call(x: Singles) -> Singles:
+        chances = home.mix({name: predict_probabilities(network, x) for name, network in networks.items()})
+        found: Singles = np.log(np.maximum(chances, np.finfo(np.float32).tiny))
+        return found
 
     return call
 

@@ -15,6 +15,8 @@ from swarmchain.config import write_file
 ARMS = (("central", "central"), ("swarm", "swarm"), ("linear", "linear"), ("local_mean", "local\nmean"),
         ("local_worst", "worst\nlocal"))
 METRICS = {"auroc": "AUROC", "macro_f1": "macro-F1"}
+# what a site may make of the swarm's model: see `stacking`
+HOME = {"swarm_own_shares": "own shares", "swarm_trained_on": "trained on", "swarm_stacked": "mixture"}
 # Okabe & Ito's colours, told apart by most colour-blind readers
 COLOURS = {"central": "#0072b2", "swarm": "#d55e00", "linear": "#009e73", "local_mean": "#cc79a7",
            "local_worst": "#999999"}
@@ -99,13 +101,13 @@ def _format_home(found: Mapping[str, Any]) -> Table:
                           f"{entry['difference']:+.3f}")
         return table
     table = _start("home against swarm: macro-F1 on own validation cells")
-    for head in ("site", "cells", "trained alone", "swarm", "gain", "own shares", "gain", "trained on", "gain"):
+    heads = [words for name in ("swarm", *HOME.values()) for words in (name, "gain")]
+    for head in ("site", "cells", "trained alone", *heads):
         table.add_column(head, justify="left" if head == "site" else "right")
     for name, entry in found["home"].items():
-        table.add_row(name, str(entry["cells"]), _number(entry["local"]), _number(entry["swarm"]),
-                      f"{entry['difference']:+.3f}",
-                      *(words for key in ("swarm_own_shares", "swarm_trained_on")
-                        for words in (_number(entry[key]), f"{entry[key] - entry['local']:+.3f}")))
+        columns = [(_number(entry[key]), f"{entry[key] - entry['local']:+.3f}") if key in entry else ("–", "–")
+                   for key in ("swarm", *HOME)]
+        table.add_row(name, str(entry["cells"]), _number(entry["local"]), *(words for two in columns for words in two))
     return table
 
 

@@ -95,7 +95,7 @@ def test_command_reports_every_arm(tmp_path: Path) -> None:
     assert len(set(found["checkpoints"])) == 2
     assert len(format_row(found)) == 6
     for entry in found["home"].values():
-        assert 0 <= entry["swarm_own_shares"] <= 1 and 0 <= entry["swarm_trained_on"] <= 1
+        assert all(0 <= entry[f"swarm_{name}"] <= 1 for name in ("own_shares", "trained_on", "stacked"))
 
 
 def test_same_settings_give_the_same_figures_and_central_may_take_all_steps(tmp_path: Path) -> None:

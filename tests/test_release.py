@@ -23,6 +23,7 @@ import scanpy
 import scipy.sparse as sp
 from click.testing import CliRunner, Result
 from conftest import write_cells
+from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, f1_score, log_loss
 
 from swarmchain.agreement import standardize
@@ -32,9 +33,9 @@ from swarmchain.card import ModelCard, Provenance, read_model_folder
 from swarmchain.checkpoint import encode_tensors
 from swarmchain.cli import cli
 from swarmchain.comparing import compare_site
-from swarmchain.config import read_site_config, write_file
+from swarmchain.config import DataConfig, read_site_config, write_file
 from swarmchain.consortium import Consortium, Polling, start_consortium
-from swarmchain.data import load_site_data
+from swarmchain.data import load_site_data, read_cells
 from swarmchain.dealing import deal_pbmc
 from swarmchain.errors import SwarmError
 from swarmchain.evaluating import plan_evaluation, read_evaluation
@@ -42,8 +43,9 @@ from swarmchain.layouts import checkpoint_layout, local_layout
 from swarmchain.model import predict_logits
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
 from swarmchain.protocol import RunView, compute_digest, encode_canonical
-from swarmchain.selection import SiteData
+from swarmchain.selection import SiteData, select_panel
 from swarmchain.spec import CellTypeSpec, EvaluationSpec, Limits, Model, Panel, RunRef, StatisticsRef, Training
+from swarmchain.stacking import read_home
 from swarmchain.store import read_checkpoint
 from swarmchain.work import check_run
 
@@ -290,6 +292,62 @@ def test_compare_scores_both_on_the_sites_own_validation_cells(trained: Trained,
     assert (tmp_path / "home-against-swarm.png").stat().st_size > 1000
     words = run_command("run", "compare", TRAINING, "--site", toml)
     assert "East" in words.splitlines()[-1] and "macro-F1" in words
+
+
+def test_mixture_calls_as_its_weights_say(trained: Trained, tmp_path: Path) -> None:
+    toml, out = trained.consortium.sites[1].toml, tmp_path / "home"
+    said = json.loads(run_command("run", "compare", TRAINING, "--site", toml, "--out", out, "--json"))
+    assert sum(said["weights"].values()) == pytest.approx(1) and said["weights"]["home"] > 0
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o600}
+    told = json.loads(run_command("predict", trained.folder, trained.held_out, "--home", out, "--truth", "cell_type",
+                                  "--out", tmp_path / "a.h5ad", "--json"))
+    assert not told["is_calibrated"] and told["unknown"] == 0
+    assert told["home"] == {"site": "East", "weights": said["weights"]}
+    data = anndata.read_h5ad(tmp_path / "a.h5ad")
+    model = read_home(out, trained.spec, checkpoint=trained.view.checkpoint)
+    cells = read_cells(trained.held_out, DataConfig(path=str(trained.held_out), label_column="cell_type"),
+                       trained.spec.normalization)
+    checkpoint = read_checkpoint(trained.consortium.store, trained.view.checkpoint, trained.spec)
+    x = standardize(*select_panel(cells, trained.spec.panel), checkpoint)
+    swarm, home, more = (softmax(predict_logits(trained.spec, state, x), axis=1)
+                         for state in (checkpoint, *(model.networks[name] for name in ("home", "trained_on"))))
+    own = swarm * np.array(model.card.ratios)
+    mixed = sum(weight * chances for weight, chances in zip(
+        model.card.weights, (home, swarm, own / own.sum(axis=1, keepdims=True), more), strict=True))
+    np.testing.assert_allclose(data.obsm["swarm_probabilities"], mixed, atol=1e-5)
+    assert data.uns["swarmchain"]["home_weights"] == said["weights"]
+    words = run_command("run", "compare", TRAINING, "--site", toml)
+    assert "the mixture: " in words and "this site's own" in words
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ("checkpoint", "it goes with the checkpoint 000000000000…"),
+    ("labels", "does not fit the model's 5 labels"),
+    ("weights", "home.safetensors is not the file that home.json names"),
+    ("long", "home.safetensors is larger than the"),
+    ("card", "home.json is no home model: "),
+    ("none", "is no home model: cannot read home.json"),
+])
+def test_invalid_home_model(trained: Trained, tmp_path: Path, change: str, words: str) -> None:
+    out = tmp_path / "home"
+    run_command("run", "compare", TRAINING, "--site", trained.consortium.sites[1].toml, "--out", out,
+                "--local-rounds", 1)
+    card = json.loads((out / "home.json").read_text())
+    if change == "checkpoint":
+        card["checkpoint"] = "0" * 64
+    elif change == "labels":
+        card["ratios"] = card["ratios"][1:]
+    elif change == "card":
+        card["weights"][0] = 1.5
+    elif change in ("weights", "long"):
+        data = (out / "home.safetensors").read_bytes()
+        (out / "home.safetensors").write_bytes(data[:-4] + bytes(4 if change == "weights" else 8))
+    (out / "home.json").write_text(json.dumps(card))
+    if change == "none":
+        (out / "home.json").unlink()
+    message = run_command("predict", trained.folder, trained.held_out, "--home", out, "--out", tmp_path / "o.h5ad",
+                          code=1)
+    assert words in message and not (tmp_path / "o.h5ad").exists()
 
 
 def test_compare_of_a_swarm_of_one_is_even(trained: Trained) -> None:

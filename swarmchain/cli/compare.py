@@ -12,6 +12,8 @@ from swarmchain.cli.common import connect, example, json_option, load, open_seal
 if TYPE_CHECKING:
     from swarmchain.comparing import Comparison
 
+TRAINED_ON_ROUNDS = 10  # as baselines.TRAINED_ON_ROUNDS, which takes long to import
+MIXED = ("this site's own", "the swarm's", "the swarm's with own shares", "the swarm's trained on")  # stacking.MODELS
 SCORES = {"macro_f1": "macro-F1", "auroc": "AUROC"}
 
 
@@ -19,19 +21,24 @@ SCORES = {"macro_f1": "macro-F1", "auroc": "AUROC"}
 @click.argument("number", type=click.IntRange(min=1))
 @site_option
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for a picture of F1 per class.")
-@click.option("--local-rounds", type=click.IntRange(min=1), default=20, show_default=True,
-              help="How many the swarm's model is trained on, on this site's cells alone, for the last line.")
+@click.option("--local-rounds", type=click.IntRange(min=1), default=TRAINED_ON_ROUNDS, show_default=True,
+              help="How many the swarm's model is trained on, on this site's cells alone.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Models of cells: folder to write the mixture to, for `predict --home`.")
 @json_option
-def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int, as_json: bool) -> None:
+def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int, out: Path | None, as_json: bool
+            ) -> None:
     """Home against swarm: say whether this site gains by a run, on its own validation cells or donors.
 
     Trains a model on this site's cells alone, with the swarm's code, rounds and steps, and scores both. Beside them the
-    swarm's model, told this site's own shares of the classes, and the same trained on here. Nothing leaves the site,
-    and nothing is signed.
+    swarm's model, told this site's own shares of the classes, the same trained on here, and a mixture of all of them.
+    Nothing leaves the site, and nothing is signed.
     """
     from swarmchain.comparing import compare_site
     from swarmchain.evaluating import read_trained
     from swarmchain.keys import read_address
+    from swarmchain.spec import CellTypeSpec
+    from swarmchain.stacking import write_home
 
     config = load(site_file)
     contract = connect(config)
@@ -39,7 +46,11 @@ def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int,
     view = contract.view_run(number)
     spec = read_trained(store, view)
     site = contract.get_site_index(read_address(config.resolve(config.keys.keystore)))
+    if out is not None and not isinstance(spec, CellTypeSpec):
+        raise click.UsageError("--out goes with models of cells, and this run's calls donors")
     found = compare_site(config, store, view, spec, site=site, rounds=local_rounds)
+    if out is not None and isinstance(spec, CellTypeSpec) and found.mixture is not None:
+        write_home(out, found.mixture, spec)
     if plots is not None:
         from swarmchain.plots import plot_f1
 
@@ -50,6 +61,8 @@ def compare(number: int, site_file: Path, plots: Path | None, local_rounds: int,
         print_json(found.to_dict())
     else:
         _print(found)
+        if out is not None:
+            click.echo(f"wrote {out}: `swarmchain predict MODEL_DIR CELLS --home {out}` calls new cells of this site")
 
 
 def _print(found: Comparison) -> None:
@@ -68,9 +81,13 @@ def _print(found: Comparison) -> None:
                f"(bootstrap over the {drawn})")
     for name, variant in found.variants.items():
         how = {"own_shares": "told this site's own shares of the classes",
-               "trained_on": f"trained {found.trained_on_rounds} rounds more on this site's cells"}[name]
+               "trained_on": f"trained {found.trained_on_rounds} rounds more on this site's cells",
+               "stacked": "mixed with those and this site's own"}[name]
         click.echo(f"the swarm's model, {how}: {variant.macro_f1:.3f}, gain {variant.macro_f1 - found.home:+.3f} "
                    f"({variant.low:+.3f} to {variant.high:+.3f})")
+    if found.mixture is not None:
+        parts = zip(MIXED, found.mixture.card.weights, strict=True)
+        click.echo(f"the mixture: {', '.join(f'{weight:.0%} {words}' for words, weight in parts if weight >= 0.005)}")
     words = {
         "gains": f"{found.site} gains: the swarm's model calls its {found.unit} better than one of its own.",
         "loses": f"{found.site} loses: a model of its own calls its {found.unit} better than the swarm's.",

@@ -30,12 +30,14 @@ SAMPLES_SHOWN = 20
 @click.option("--cell-type-column", help="Models with attention: column with the types of cells to sum it over.")
 @click.option("--samples-out", type=click.Path(path_type=Path, dir_okay=False),
               help="Models of donors: CSV to write, a row for each sample.")
+@click.option("--home", "home_folder", type=click.Path(path_type=Path, file_okay=False),
+              help="Models of cells: a site's mixture, as `run compare --out` wrote it, for new cells of that site.")
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False),
               help="Folder for UMAPs of the calls; of at most 20,000 cells.")
 @json_option
 def predict(folder: Path, path: Path, out: Path, layer: str | None, state: str, share_min: float | None, batch: int,
             column: str | None, donor_column: str | None, sample_column: str | None, cell_type_column: str | None,
-            samples_out: Path | None, plots: Path | None, as_json: bool) -> None:
+            samples_out: Path | None, home_folder: Path | None, plots: Path | None, as_json: bool) -> None:
     """Call the cells or donors of a file with a model that `run export` wrote; no chain and no key are needed.
 
     CELLS is .h5ad, .zarr, .fcs or a folder of them, a 10x folder or .h5, .csv or .tsv. Adds obs columns swarm_label,
@@ -53,6 +55,8 @@ def predict(folder: Path, path: Path, out: Path, layer: str | None, state: str, 
         summarize_samples,
         write_samples,
     )
+    from swarmchain.spec import CellTypeSpec
+    from swarmchain.stacking import read_home
 
     model = read_model_folder(folder)
     of_donors = {"--donor-column": donor_column, "--sample-column": sample_column,
@@ -61,9 +65,14 @@ def predict(folder: Path, path: Path, out: Path, layer: str | None, state: str, 
         named = next(name for name, value in of_donors.items() if value)
         raise click.UsageError(f"{named} goes with models of donors, and this model calls single cells")
     settings = Settings(layer, state, share_min, batch, donor_column, sample_column, cell_type_column, column)
+    if home_folder is not None and not isinstance(model.spec, CellTypeSpec):
+        raise click.UsageError("--home goes with models of cells, and this model calls donors")
+    home = read_home(home_folder, model.spec, checkpoint=model.card.provenance.checkpoint) if home_folder is not None \
+        and isinstance(model.spec, CellTypeSpec) else None
+    model = model.drop_evaluation() if home else model
     require_free(path, out)
     samples = call_samples(model, path, settings) if model.card.task == "donor" else None
-    calls = samples.spread() if samples else call_cells(model, path, settings)
+    calls = samples.spread() if samples else call_cells(model, path, settings, home=home)
     truth = read_truth(path, settings, calls.labels) if column else None
     scored, unit = (truth, samples.calls if samples else calls), "samples" if samples else "cells"
     if samples and truth:
@@ -79,7 +88,8 @@ def predict(folder: Path, path: Path, out: Path, layer: str | None, state: str, 
         pictures += draw_samples(plots, samples)
     said = {**(summarize_samples(model, samples) if samples else summarize(model, calls)), "out": str(out),
             "samples_out": str(samples_out) if samples_out else None, "plots": [str(p) for p in pictures],
-            "truth": score_calls(scored[0], scored[1], unit=unit) if scored[0] else None}
+            "truth": score_calls(scored[0], scored[1], unit=unit) if scored[0] else None,
+            "home": {"site": home.card.site, "weights": home.weights} if home else None}
     if as_json:
         print_json(said)
     else:
@@ -99,6 +109,8 @@ def _print(said: dict[str, Any], unit: str) -> None:
         _print_samples(said["samples"])
     if said["is_calibrated"]:
         click.echo(f"{said['unknown']} unknown: confidence below {said['threshold']}")
+    elif said["home"]:
+        click.echo(f"called by {said['home']['site']}'s mixture; nothing is marked unknown")
     else:
         click.echo("the model comes without an evaluation: confidences are not calibrated, nothing is marked unknown")
     if truth := said["truth"]:
