@@ -251,28 +251,24 @@ class Agent:
 
     def _check(self, found: Following) -> Exclusions:
         """Fetch what was disclosed since the last look; who is of no use by now, and why."""
-        excluded: set[tuple[int, Reason]] = set()
-        for site in sorted(found.view.committed):
-            if (reason := self._check_one(found, site)) is not None:
-                excluded.add((site, reason))
-        return frozenset(excluded)
-
-    def _check_one(self, found: Following, site: int) -> Reason | None:
-        view, last = found.view, found.recheck.get(site)
-        if last is not None and time.monotonic() < last.due:
-            return last.reason
-        is_own = site == self.site.index
-        if last is None and not is_own and not self.store.has_opening(view.commitments[site]):
-            return "withheld"
-        reason = found.work.check(view, found.key, site)
-        if reason is None:
-            found.recheck.pop(site, None)
-            return None
-        found.put_off(site, reason, pauses=RECHECK_S)
-        if is_own:
-            # what this site disclosed was altered or removed: anyone can write to a store
-            found.remember(published=False)
-        return reason
+        view, sites = found.view, sorted(found.view.committed)
+        reasons: dict[int, Reason | None] = {}
+        for site in sites:
+            last = found.recheck.get(site)
+            if last is not None and time.monotonic() < last.due:
+                reasons[site] = last.reason
+            elif last is None and site != self.site.index and not self.store.has_opening(view.commitments[site]):
+                reasons[site] = "withheld"
+        looked = found.work.check(view, found.key, [site for site in sites if site not in reasons])
+        for site, reason in looked.items():
+            if reason is None:
+                found.recheck.pop(site, None)
+                continue
+            found.put_off(site, reason, pauses=RECHECK_S)
+            if site == self.site.index:
+                # what this site disclosed was altered or removed: anyone can write to a store
+                found.remember(published=False)
+        return frozenset((site, reason) for site, reason in (reasons | looked).items() if reason is not None)
 
     def _check_health(self) -> None:
         """Prefer the node that is farthest, and say once when the chain stands still."""

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swarmchain.certify import CODE, NO_PARENT, Arrays, Gathered, certify, gather_one, open_commitment
+from swarmchain.certify import CODE, NO_PARENT, Arrays, Gathered, certify, gather_many, open_commitment
 from swarmchain.chain import Event, SwarmContract
 from swarmchain.errors import (
     BlobMissing,
@@ -284,11 +284,13 @@ class _Replay:
         layout = contribution_layout(self.spec)
         gathered: list[Gathered] = []
         is_whole = True
+        counted = {site: commitment for site, commitment in round_.commitments.items() if site in included}
+        answers = gather_many(self.store, self.spool, counted, layout, key=key)
         for site, commitment in sorted(round_.commitments.items()):
             if site not in included:
                 found.remarks += self._look(site, commitment, key)
                 continue
-            answer = gather_one(self.store, self.spool, commitment, layout, key=key, site=site)
+            answer = answers[site]
             if isinstance(answer, Gathered):
                 gathered.append(answer)
                 self.sound.add(answer.opening.digest)

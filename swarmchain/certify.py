@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmchain.checkpoint import allocate_tensors, compute_size, decode_tensors
-from swarmchain.errors import BlobMissing, CheckpointError, OpeningError, StoreError
+from swarmchain.errors import BlobMissing, CheckpointError, OpeningError, StoreError, SwarmError
 from swarmchain.layouts import Layout, checkpoint_layout
 from swarmchain.merge import Input, Share, compute_norm, merge_deltas, sum_statistics
 from swarmchain.merging import Trust
@@ -147,32 +147,60 @@ def _leave_out(item: Input, bound: float | None) -> Share:
 
 def gather_one(store: Store, spool: Spool, commitment: str, layout: Layout, *, key: RoundKey, site: int
                ) -> Gathered | Reason:
-    """Fetch and check what a committed site opened; the reason why it does not count if it does not.
+    """As `gather_many`, of one site."""
+    return gather_many(store, spool, {site: commitment}, layout, key=key)[site]
 
-    `layout` is the run's `contribution_layout`. The bytes come to lie in the spool's slot of the site, until the next
+
+def gather_many(store: Store, spool: Spool, commitments: Mapping[int, str], layout: Layout, *, key: RoundKey
+                ) -> dict[int, Gathered | Reason]:
+    """Fetch and check what committed sites opened, side by side; of each the reason why it does not count, if any.
+
+    `layout` is the run's `contribution_layout`. The bytes come to lie in the spool's slot of each site, until the next
     are gathered there.
 
     Raises
     ------
     StoreUnreachable
-        If the store does not answer: that says nothing about the site.
+        If the store does not answer: that says nothing about a site.
     """
-    try:
-        opening = open_commitment(store, commitment, key=key, site=site)
-    except BlobMissing:
+    def read_opening(item: tuple[int, str]) -> Opening | Reason:
+        try:
+            return open_commitment(store, item[1], key=key, site=item[0])
+        except BlobMissing:
+            return "withheld"
+        except (OpeningError, StoreError):
+            return "opening invalid"
+
+    found: dict[int, Gathered | Reason] = {}
+    opened: dict[int, Opening] = {}
+    for site, answer in zip(commitments, store.each(read_opening, list(commitments.items())), strict=True):
+        if isinstance(answer, Opening):
+            opened[site] = answer
+        else:
+            found[site] = answer
+    slots = {site: spool.get_slot(site, compute_size(layout)) for site in opened}
+    problems = store.read_many([(opened[site].digest, slot) for site, slot in slots.items()])
+    for (site, data), problem in zip(slots.items(), problems, strict=True):
+        found[site] = _find_reason(problem) if problem else _decode(commitments[site], opened[site], data, layout, site)
+    return found
+
+
+def _find_reason(problem: SwarmError) -> Reason:
+    """Why a blob that was read does not count. Raises the problem if it says nothing about the blob."""
+    if isinstance(problem, BlobMissing):
         return "withheld"
-    except (OpeningError, StoreError):
-        return "opening invalid"
-    data = spool.get_slot(site, compute_size(layout))
+    if isinstance(problem, CheckpointError):
+        return "blob malformed"
+    if isinstance(problem, StoreError):
+        return "blob altered"
+    raise problem
+
+
+def _decode(commitment: str, opening: Opening, data: memoryview, layout: Layout, site: int) -> Gathered | Reason:
     try:
-        store.read_blob(opening.digest, data)
         tensors = decode_tensors(data, layout, is_finite=False)
-    except BlobMissing:
-        return "withheld"
     except CheckpointError:
         return "blob malformed"
-    except StoreError:
-        return "blob altered"
     norm = compute_norm(tensors)  # it meets every number
     if not math.isfinite(norm):
         return "not finite"

@@ -75,7 +75,7 @@ def run_demo(
     torch.set_num_threads(1)
     if splits is not None and data is None:
         raise ConfigError("--splits goes with --data", hint="name the folder of .h5ad files with --data")
-    settings = Settings(rounds or 15, 10, 2, 0.5, 0.0) if data is None else Settings(rounds or 100, 20, 3, 0.3, 0.0)
+    settings = Settings(rounds or 15, 10, 2, 0.5, 0.0) if data is None else Settings(rounds or 50, 40, 3, 0.3, 0.0)
     _require_writable(out)
     _clear_leftovers(out / LEFTOVERS)
     work = Path(tempfile.mkdtemp(prefix="swarmchain-demo-"))

@@ -21,12 +21,14 @@ from typing import Any, Protocol
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from swarmchain.checkpoint import Buffer
-from swarmchain.errors import CheckpointError, StoreError, StoreFull, StoreUnreachable
+from swarmchain.errors import CheckpointError, StoreError, StoreFull, StoreUnreachable, SwarmError
 
 PIECE = 256 << 10
 LIST_MAX = 1_000_000
 # Of fsspec's kinds, those whose single writes are whole or not at all; the others get a temporary file and a move.
 ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
+PERMISSIONS = "check that the store is there, and that this account may write to it"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the one refusal that may mend by waiting
 _NO_FOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -329,3 +331,14 @@ def first_line(exc: BaseException) -> str:
 def _no_file(path: str) -> StoreError:
     return StoreError(f"{describe('/' + path)} in the store is a link, a device or a pipe, and not a file",
                       hint="remove it: nobody needs to put one there")
+
+
+def translate_os_error(exc: OSError, what: str) -> SwarmError:
+    """Ours for an error of the system: whether the store refuses, is full, or does not answer."""
+    if exc.errno == errno.EROFS:
+        return StoreError(f"{what}: {exc.strerror}", hint=PERMISSIONS)
+    if exc.errno == errno.ELOOP:
+        return StoreError(f"{what}: it is a link", hint="remove it: a store's links are not followed")
+    if exc.errno in _FULL:
+        return StoreFull(f"{what}: {first_line(exc)}", hint="free space in the store")
+    return StoreUnreachable(f"{what}: {first_line(exc)}", hint="is it up, and does the network reach it?")

@@ -11,24 +11,24 @@ come and go is told in `objects` and `s3`.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 
 from swarmchain.backends import open_objects, read_options
 from swarmchain.checkpoint import Buffer, compute_size, decode_tensors
 from swarmchain.config import SiteConfig
-from swarmchain.errors import BlobMissing, StoreError, StoreFull, StoreUnreachable, SwarmError
+from swarmchain.errors import BlobMissing, StoreError, StoreUnreachable, SwarmError
 from swarmchain.layouts import checkpoint_layout
-from swarmchain.objects import PATIENT, FolderObjects, Found, FsspecObjects, Link, describe, first_line
+from swarmchain.objects import PATIENT, PERMISSIONS, FolderObjects, Found, FsspecObjects, Link, describe, first_line
+from swarmchain.objects import translate_os_error as translate
 from swarmchain.protocol import (
     MANIFEST_BYTES_MAX,
     OPENING_BYTES_MAX,
@@ -42,9 +42,10 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 _NOTE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,127}")
 _CARD = re.compile(r"0x[0-9a-f]{40}\.json")
 CARD_BYTES_MAX = 16 << 20
-# What "not allowed" and "full" look like over a folder; of these, only the last may mend by waiting.
-_REFUSALS, _FULL = (PermissionError, IsADirectoryError, NotADirectoryError), {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PERMISSIONS = "check that the store is there, and that this account may write to it"
+# what "not allowed" looks like over a folder
+_REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Store:
@@ -139,11 +140,15 @@ class Store:
                 return exc
             return None
 
-        if len(wanted) < 2:
-            return [fetch(item) for item in wanted]
+        return self.each(fetch, wanted)
+
+    def each(self, fetch: Callable[[T], U], items: Sequence[T]) -> list[U]:
+        """`fetch` of each item, side by side; in the items' order. Raises what the first that fails raises."""
+        if len(items) < 2:
+            return [fetch(item) for item in items]
         # the context ends only when no thread writes into anyone's room any more
-        with ThreadPoolExecutor(min(self._link.threads, len(wanted)), thread_name_prefix="store") as pool:
-            return list(pool.map(fetch, wanted))
+        with ThreadPoolExecutor(min(self._link.threads, len(items)), thread_name_prefix="store") as pool:
+            return list(pool.map(fetch, items))
 
     def stream_blob(self, digest: str, size: int | None) -> Iterator[memoryview]:
         """A blob's pieces in order, each good until the next is asked for; nothing is hashed.
@@ -340,27 +345,17 @@ class Store:
                 self._objects.require_there()
             if verb == "read":
                 raise BlobMissing(f"{describe(path)} is not in {self.url}") from exc
-            raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
+            raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=PERMISSIONS) from exc
         except _REFUSALS as exc:
-            raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=_PERMISSIONS) from exc
+            raise StoreError(f"cannot {verb} {where}: {exc.strerror}", hint=PERMISSIONS) from exc
         except OSError as exc:
-            raise self._translate(exc, f"cannot {verb} {where}") from exc
+            raise translate(exc, f"cannot {verb} {where}") from exc
         except Exception as exc:
             if not isinstance(self._objects, FsspecObjects):
                 raise
             # a kind of store that we do not know has errors that we do not know
             raise StoreUnreachable(f"cannot {verb} {where}: {first_line(exc)}",
                                    hint="is it up, and are its options right?") from exc
-
-    @staticmethod
-    def _translate(exc: OSError, what: str) -> SwarmError:
-        if exc.errno == errno.EROFS:
-            return StoreError(f"{what}: {exc.strerror}", hint=_PERMISSIONS)
-        if exc.errno == errno.ELOOP:
-            return StoreError(f"{what}: it is a link", hint="remove it: a store's links are not followed")
-        if exc.errno in _FULL:
-            return StoreFull(f"{what}: {first_line(exc)}", hint="free space in the store")
-        return StoreUnreachable(f"{what}: {first_line(exc)}", hint="is it up, and does the network reach it?")
 
 
 def open_store(config: SiteConfig, *, link: Link = PATIENT) -> Store:

@@ -5,12 +5,12 @@ Knows the run's tensors and the site's cells, and neither keys nor transactions:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
 
-from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_one
+from swarmchain.certify import NO_PARENT, Arrays, Certified, Gathered, certify, gather_many
 from swarmchain.checkpoint import compute_size, decode_tensors, encode_tensors
 from swarmchain.codec import encode_deltas
 from swarmchain.config import SiteConfig, write_file
@@ -197,18 +197,16 @@ class RunWork:
             kept.write(key.round_id, lost)
         return encode_tensors(tensors, self._layout), samples, metrics
 
-    def check(self, view: RunView, key: RoundKey, site: int) -> Reason | None:
-        """Fetch what a committed site disclosed; None if it is good, else what is wrong with it by now."""
+    def check(self, view: RunView, key: RoundKey, sites: Sequence[int]) -> dict[int, Reason | None]:
+        """Fetch what committed sites disclosed: of each None if it is good, else what is wrong with it by now."""
         self._enter(key)
-        known = self._good.pop(site, None)
-        if known is not None and known.commitment == view.commitments[site]:
-            self._good[site] = known
-            return None
-        found = gather_one(self.store, self._spool, view.commitments[site], self._layout, key=key, site=site)
-        if isinstance(found, Gathered):
-            self._good[site] = found
-            return None
-        return found
+        good = {site: held for site in sites
+                if (held := self._good.pop(site, None)) is not None and held.commitment == view.commitments[site]}
+        self._good |= good
+        found = gather_many(self.store, self._spool, {s: view.commitments[s] for s in sites if s not in good},
+                            self._layout, key=key)
+        self._good |= {site: answer for site, answer in found.items() if isinstance(answer, Gathered)}
+        return {site: None if isinstance(answer := found.get(site), Gathered) else answer for site in sites}
 
     def certify(self, view: RunView, key: RoundKey, *, only: frozenset[int] | None = None) -> Certified | None:
         """Recompute the round's merge from what lies in the store; None if nothing usable does.
@@ -219,7 +217,7 @@ class RunWork:
             Count these sites alone: to recompute a manifest that others agreed on.
         """
         sites = sorted(view.committed if only is None else only & view.committed)
-        reasons = {site: self.check(view, key, site) for site in sites}
+        reasons = self.check(view, key, sites)
         counted = [self._good[site] for site in sites if reasons[site] is None]
         excluded = [Excluded(site=site, commitment=view.commitments[site], reason=reason)
                     for site, reason in reasons.items() if reason is not None]

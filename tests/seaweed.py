@@ -76,8 +76,8 @@ def build_command(weed: str, folder: Path, config: Path, *, address: str = "127.
                   ports: Mapping[str, int] | None = None) -> list[str]:
     """How a server is started that keeps its data in `folder`; without `ports` on the usual ones (S3: 8333)."""
     return [weed, "-logtostderr", "server", "-s3", f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}",
-            f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.iam=false", "-master.telemetry=false",
-            "-volume.max=40", "-master.volumeSizeLimitMB=128",
+            f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false",
+            "-master.telemetry=false", "-volume.max=40", "-master.volumeSizeLimitMB=128",
             *(f"-{name}={port}" for name, port in (ports or {}).items())]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merges import draw
 
-from swarmchain.certify import Gathered, certify, gather_one
+from swarmchain.certify import Gathered, certify, gather_many, gather_one
 from swarmchain.checkpoint import allocate_tensors, decode_tensors, encode_tensors
 from swarmchain.codec import encode_deltas
 from swarmchain.errors import CheckpointError, OpeningError
@@ -70,6 +70,35 @@ def test_good_contribution_is_gathered(tmp_path: Path, codec: str) -> None:
     spec = make_spec(codec=codec)
     found = Round(tmp_path, spec, make_blob(spec)).gather()
     assert isinstance(found, Gathered) and found.contribution.norm > 0
+
+
+def test_of_many_each_is_judged_by_itself(tmp_path: Path) -> None:
+    """Fetched side by side: what is wrong with some says nothing of the others, and all come to lie in their places."""
+    spec = make_spec()
+    layout, store, commitments = contribution_layout(spec), Store(str(tmp_path)), {}
+    for site in range(12):
+        data = make_blob(spec, site)
+        opening = Opening(digest=compute_digest(data), samples=10 + site, nonce="12" * 32)
+        commitments[site] = compute_commitment(KEY, site, opening)
+        path = tmp_path / "blobs" / opening.digest[:2] / opening.digest
+        if site != 3:
+            store.put_blob(data)
+        if site != 5:
+            store.put_opening(commitments[site], encode_canonical(opening))
+        if site == 7:
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        elif site == 8:
+            path.write_bytes(data + b"more")
+        elif site == 9:
+            (tmp_path / "openings" / commitments[site]).write_bytes(b"{}")
+    found = gather_many(store, Spool(tmp_path / "spool"), commitments, layout, key=KEY)
+    assert {site: answer for site, answer in found.items() if not isinstance(answer, Gathered)} == {
+        3: "withheld", 5: "withheld", 7: "blob altered", 8: "blob malformed", 9: "opening invalid"}
+    for site, answer in found.items():
+        if isinstance(answer, Gathered):
+            assert answer.opening.samples == 10 + site
+            expected = decode_tensors(make_blob(spec, site), layout)
+            assert all(answer.contribution.tensors[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def spoil(data: bytes, kind: str, spec: RehearsalSpec) -> bytes:

@@ -17,7 +17,7 @@ from swarmchain.cli.common import example, interrupt_on_signals, print_json
 @click.option("--label-column", default="cell_type", show_default=True, help="Of .obs, with --data.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-report"), show_default=True,
               help="Folder for the report, the summary and the model.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Rounds to train. Default: 15, with --data 100.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds to train. Default: 15, with --data 50.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Same seed, same model.")
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json when done, and progress to standard error.")
