@@ -86,8 +86,8 @@ class SetNetwork(nn.Module):
 
     def call(self, pooled: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] of pooled bags [B, E]."""
-        for layer in self.layers[:-1]:
-            pooled = self.dropout(torch.relu(layer(pooled)))
+        for i in range(len(self.layers) - 1):
+            pooled = self.dropout(torch.relu(self.layers[i](pooled)))
         logits: torch.Tensor = self.layers[-1](pooled)
         return logits
 

@@ -41,8 +41,8 @@ class Perceptron(nn.Module):
         """Logits [N, C] of standardised cells [N, F]."""
         if self.mask:
             x = torch.cat([x, (x != 0).to(x.dtype)], dim=1)  # [N, 2 · F]
-        for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
-            x = self.dropout(torch.relu(norm(layer(x))))  # [N, H]
+        for i, norm in enumerate(self.norms):  # a slice of a ModuleList is a new module, which takes as long as a layer
+            x = self.dropout(torch.relu(norm(self.layers[i](x))))  # [N, H]
         logits: torch.Tensor = self.layers[-1](x)
         return logits
 

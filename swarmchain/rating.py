@@ -31,12 +31,15 @@ CELLS_MAX = 256
 
 
 class Rater:
-    """A site's chosen validation cells and a network to try weights in, both made once for all rounds of a run."""
+    """A site's chosen validation cells and a network to try weights in, both made once for all rounds of a run.
+
+    `network` is of the spec, for the inputs of `cells`; whoever uses it loads weights first.
+    """
 
     def __init__(self, cells: Examples, spec: TrainedSpec) -> None:
         self._cells = cells.choose(choose_rows(cells))
         self._y = self._cells.y.numpy()[self._cells.validation]
-        self._model = build_model(spec, features=cells.features)
+        self.network = build_model(spec, features=cells.features)
 
     def rate(self, parent: Arrays, claims: Iterable[Claim]) -> tuple[Rating, ...]:
         """Ratings by site; none without validation cells.
@@ -58,8 +61,8 @@ class Rater:
         return tuple(sorted(found, key=lambda rating: rating.site))
 
     def _measure(self, state: Arrays) -> npt.NDArray[np.float64]:
-        load_state(self._model, self._cells.narrow(state))
-        return compute_losses(self._cells.predict(self._model, self._cells.validation), self._y)
+        load_state(self.network, self._cells.narrow(state))
+        return compute_losses(self._cells.predict(self.network, self._cells.validation), self._y)
 
 
 def find_labels(cells: Examples) -> tuple[int, ...]:
@@ -93,11 +96,13 @@ def compute_effect(changes: npt.NDArray[np.float64], y: npt.NDArray[np.int64], c
     `changes` and `y` are [N]. Of the classes that occur, the claimed ones count, or all if none of these occurs. The
     standard error is that of a stratified mean, √(Σ s²/n) / classes; of a class with one cell it is the change itself.
     """
-    present = np.unique(y).tolist()
+    counts = np.bincount(y)
+    present = np.flatnonzero(counts).tolist()
     chosen = [label for label in present if label in claimed] or present
-    groups = [changes[y == label] for label in chosen]
-    errors = [float(g.var(ddof=1)) / len(g) if len(g) > 1 else float(g[0]) ** 2 for g in groups]
-    return (math.fsum(float(g.mean()) for g in groups) - math.sqrt(math.fsum(errors))) / len(chosen)
+    means = np.bincount(y, weights=changes) / np.maximum(counts, 1)
+    squares = np.bincount(y, weights=(changes - means[y]) ** 2)
+    errors = np.where(counts > 1, squares / np.maximum(counts - 1, 1) / np.maximum(counts, 1), means**2)
+    return (math.fsum(means[chosen]) - math.sqrt(math.fsum(errors[chosen]))) / len(chosen)
 
 
 def _move(parent: Arrays, tensors: Arrays, factor: float) -> Arrays:

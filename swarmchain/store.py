@@ -42,6 +42,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 _NOTE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,127}")
 _CARD = re.compile(r"0x[0-9a-f]{40}\.json")
 CARD_BYTES_MAX = 16 << 20
+FOLDER_BYTES_MIN = 4 << 20
 # what "not allowed" looks like over a folder
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
 T = TypeVar("T")
@@ -140,11 +141,14 @@ class Store:
                 return exc
             return None
 
-        return self.each(fetch, wanted)
+        return self.each(fetch, wanted, bytes_each=max((len(room) for _, room in wanted), default=0))
 
-    def each(self, fetch: Callable[[T], U], items: Sequence[T]) -> list[U]:
-        """`fetch` of each item, side by side; in the items' order. Raises what the first that fails raises."""
-        if len(items) < 2:
+    def each(self, fetch: Callable[[T], U], items: Sequence[T], *, bytes_each: int = 0) -> list[U]:
+        """`fetch` of each item, side by side; in the items' order. Raises what the first that fails raises.
+
+        Small files of a folder are read one by one: to start threads takes longer.
+        """
+        if len(items) < 2 or (self._is_folder and bytes_each < FOLDER_BYTES_MIN):
             return [fetch(item) for item in items]
         # the context ends only when no thread writes into anyone's room any more
         with ThreadPoolExecutor(min(self._link.threads, len(items)), thread_name_prefix="store") as pool:

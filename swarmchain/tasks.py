@@ -187,7 +187,7 @@ class CellTypeTask:
         resume = Resume(assignment.folder, pause_s=self._pause_s, parent=digest)
         own = {**parent, **(self._kept.read(assignment.after) or {})}
         found = train_round(own, self._cells, self._spec, round_id=assignment.key.round_id, site=assignment.site,
-                            resume=resume)
+                            resume=resume, network=self._rater.network)
         self._kept.write(assignment.key.round_id, found.local)
         return found.deltas, found.samples, found.metrics
 
@@ -210,14 +210,15 @@ class CellTypeTask:
 
         own = self._kept.read(self._spec.limits.rounds) or {}
         last, self._scored = self._scored, ({}, None)
-        score = score_checkpoint({**merged, **own}, self._cells, self._spec)
+        network = self._rater.network
+        score = score_checkpoint({**merged, **own}, self._cells, self._spec, network=network)
         if score is None:
             return True, None
         # what was merged last is mostly the parent now, and its score stands unless the site's own parts moved
         is_known = not own and _is_same(parent, last[0])
-        before = (last[1] if is_known else score_checkpoint({**parent, **own}, self._cells, self._spec)) or 0.0
+        before = last[1] if is_known else score_checkpoint({**parent, **own}, self._cells, self._spec, network=network)
         self._scored = (merged, score)
-        return score >= before - self._spec.gate.score_drop_max, score
+        return score >= (before or 0.0) - self._spec.gate.score_drop_max, score
 
     def rate(self, past: Past) -> tuple[Rating, ...]:
         """See `rating`."""

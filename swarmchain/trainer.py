@@ -109,7 +109,7 @@ def compute_learning_rate(spec: TrainedSpec, round_id: int) -> float:
 
 
 def train_round(parent: Arrays, cells: Examples, spec: TrainedSpec, *, round_id: int, site: int,
-                resume: Resume | None = None) -> Contribution:
+                resume: Resume | None = None, network: nn.Module | None = None) -> Contribution:
     """Train from `parent` for the spec's number of steps.
 
     Parameters
@@ -118,6 +118,8 @@ def train_round(parent: Arrays, cells: Examples, spec: TrainedSpec, *, round_id:
         The network by name, see `layouts.state_layout`: the checkpoint, but with this site's own local tensors.
     resume
         Where progress is written and looked for. The result is the same with and without.
+    network
+        One of the spec, for the inputs of `cells`, to train in; else one is made.
     """
     settings = spec.training
     seed = derive_seed("train", settings.seed, round_id, site)
@@ -125,7 +127,7 @@ def train_round(parent: Arrays, cells: Examples, spec: TrainedSpec, *, round_id:
     generator = np.random.default_rng(seed)  # minibatches
 
     start_state = cells.narrow(parent)
-    model = build_model(spec, features=cells.features)
+    model = network or build_model(spec, features=cells.features)
     load_state(model, start_state)
     model.train()
     optimizer = torch.optim.Adam(
@@ -161,6 +163,7 @@ def train_round(parent: Arrays, cells: Examples, spec: TrainedSpec, *, round_id:
 
     if resume is not None:
         resume.discard()
+    optimizer.zero_grad()
     state = read_state(model)
     deltas = cells.widen({name: state[name] - start_state[name] for name in parameter_layout(spec)}, parent)
     local = {name: state[name] for name in local_layout(spec)}
@@ -213,15 +216,21 @@ def _restore(model: nn.Module, optimizer: torch.optim.Adam, losses: npt.NDArray[
     return int(arrays["step"])
 
 
-def score_checkpoint(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> float | None:
+def score_checkpoint(parameters: Arrays, cells: Examples, spec: TrainedSpec, *, network: nn.Module | None = None
+                     ) -> float | None:
     """The spec's score of a checkpoint on this site's validation examples; None where they do not tell it.
 
+    `network`, if there is one of the spec already, is given the checkpoint's weights.
     Macro-F1 over the classes that occur there, or, where a spec on donors says so, the area under the ROC curve: None
     then if all have the same label.
     """
     if len(cells.validation) == 0:
         return None
-    probabilities = _predict(parameters, cells, spec)
+    if network is None:
+        network = load_network(spec, parameters, cells)
+    else:
+        load_state(network, cells.narrow(parameters))
+    probabilities = cells.predict(network, cells.validation)
     truth = cells.y[cells.validation].numpy()
     if isinstance(spec, DonorSpec) and spec.score == "auroc":
         area = compute_auroc(truth, probabilities[:, 1])
@@ -237,9 +246,6 @@ def compute_loss(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> floa
     if len(cells.validation) == 0:
         return None
     truth = cells.y[cells.validation].numpy()
-    likelihoods = _predict(parameters, cells, spec)[np.arange(len(truth)), truth].astype(np.float64)
+    probabilities = cells.predict(load_network(spec, parameters, cells), cells.validation)
+    likelihoods = probabilities[np.arange(len(truth)), truth].astype(np.float64)
     return float(-np.log(np.maximum(likelihoods, np.finfo(np.float32).tiny)).mean())
-
-
-def _predict(parameters: Arrays, cells: Examples, spec: TrainedSpec) -> npt.NDArray[np.float32]:
-    return cells.predict(load_network(spec, parameters, cells), cells.validation)
