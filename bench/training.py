@@ -2,11 +2,12 @@
 
     SWARMCHAIN_DATA=DIR python bench/training.py [--rounds 20] [--repeats 3] [--memory] [--json]
 
-On one core, in one process, in turns: the swarm (`swarmchain.inprocess`: all sites' training, coding, store, merge and
-judging), and pooled training of the same network with the same total number of steps (sites × rounds × steps), by the
-same code. Medians of the repeats, and of the ratio of each pair, by the clock and by the processor's time (which does
-not know who else uses the core). Reading and standardising the cells is in neither, nor is a first pair that warms up.
-The store is a folder in memory where there is one (/dev/shm): what a disk takes to have data safe is no computing.
+On one core, in one process, round by round in turns: the swarm (`swarmchain.inprocess`: all sites' training, coding,
+store, merge, rating and judging), and pooled training of the same network with the same total number of steps (sites ×
+rounds × steps), by the same code. Medians of the repeats, and of the ratio of each pair, by the clock and by the
+processor's time (which does not know who else uses the core). Reading and standardising the cells is in neither, nor is
+a first pair that warms up. The store is a folder in memory where there is one (/dev/shm): what a disk takes to have
+data safe is no computing.
 `--memory`: a process of its own for each of the 16 samples of cytof_multicenter.h5ad (929,685 cells), whose cells it
 picks out of the whole file, plays a statistics run and a training run (`--rounds`) from the first sum to the last
 merge; the peak of its resident memory, beside that of a process that only imports the same libraries.
@@ -30,20 +31,23 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import h5py
+import numpy as np
 import torch
 from anndata.io import read_elem
 from science import SETS, find_root, make_settings
 
-from swarmchain.baselines import pool, train_alone
+from swarmchain.baselines import pool
 from swarmchain.benchmark import Settings, name_cells
+from swarmchain.certify import Arrays
 from swarmchain.config import DataConfig
 from swarmchain.data import read_cells
 from swarmchain.dealing import deal_splits
-from swarmchain.inprocess import InProcess
+from swarmchain.inprocess import InProcess, RoundPlayed
 from swarmchain.planning import plan_cell_type, plan_statistics, read_statistics
-from swarmchain.selection import select_cells
+from swarmchain.selection import SiteData, select_cells
 from swarmchain.spec import CellTypeSpec, Limits
 from swarmchain.store import read_checkpoint
+from swarmchain.trainer import prepare_training, train_round
 
 MEMORY = Path("/dev/shm")
 
@@ -67,6 +71,28 @@ def deal(folder: Path, settings: Settings) -> dict[str, DataConfig]:
     return {name: name_cells(path, settings) for name, path in dealt.files.items()}
 
 
+class Pooled:
+    """Pooled training as `baselines.train_alone` does it, a round at a time, with the seconds that it took."""
+
+    def __init__(self, data: SiteData, seed: Arrays, law: CellTypeSpec) -> None:
+        self._law = law
+        self._cells = prepare_training(data, law, seed, np.bincount(data.y[data.train], minlength=len(law.labels)))
+        self._state = {name: value for name, value in seed.items() if not name.startswith("standardize.")}
+        self.wall_s = self.cpu_s = self.between_s = 0.0
+        self._left: float | None = None
+
+    def train(self, played: RoundPlayed) -> None:
+        """The round after one of the swarm's; the processor's time between two calls is that of a swarm's round."""
+        started, cpu = time.perf_counter(), time.process_time()
+        self.between_s += 0.0 if self._left is None else cpu - self._left
+        found = train_round(self._state, self._cells, self._law, round_id=played.round_id, site=0)
+        moved = {name: self._state[name] + delta for name, delta in found.deltas.items()}
+        self._state = {**self._state, **moved, **found.local}
+        self._left = time.process_time()
+        self.wall_s += time.perf_counter() - started
+        self.cpu_s += self._left - cpu
+
+
 def measure_time(name: str, rounds: int, repeats: int) -> dict[str, Any]:
     """Median seconds of both, and the median of their ratio."""
     pairs, parts = [], []
@@ -78,17 +104,15 @@ def measure_time(name: str, rounds: int, repeats: int) -> dict[str, Any]:
             seed = read_checkpoint(room.store, spec.seed_checkpoint, spec)
             sites = [select_cells(read_cells(Path(c.data.path), c.data, spec.normalization), spec)
                      for c in room.configs if c.data is not None]
-            ticks: list[float] = []
-            played = room.play(run, watch=lambda _, ticks=ticks: ticks.append(time.process_time()))
-            swarm_cpu_s = (ticks[-1] - ticks[0]) * rounds / (rounds - 1)
+            law = spec.model_copy(update={"training": spec.training.model_copy(
+                update={"steps": spec.training.steps * len(sites)})})
+            central = Pooled(pool(sites, seed), seed, law)
+            played = room.play(run, watch=central.train)
+            swarm_cpu_s = central.between_s * rounds / (rounds - 1)
             swarm_s = sum(sum(r.train_s.values()) + r.merge_s + sum(r.judge_s.values()) for r in played.rounds)
             parts.append([sum(sum(r.train_s.values()) for r in played.rounds), sum(r.merge_s for r in played.rounds),
                           sum(sum(r.judge_s.values()) for r in played.rounds)])
-            law = spec.model_copy(update={"training": spec.training.model_copy(
-                update={"steps": spec.training.steps * len(sites)})})
-            pooled, started, cpu = pool(sites, seed), time.perf_counter(), time.process_time()
-            train_alone(pooled, seed, law, site=0, rounds=rounds)
-            pairs.append((swarm_s, time.perf_counter() - started, swarm_cpu_s, time.process_time() - cpu))
+            pairs.append((swarm_s, central.wall_s, swarm_cpu_s, central.cpu_s))
     del pairs[0], parts[0]
     middle = [statistics.median(column) for column in zip(*parts, strict=True)]
     return {"data": name, "sites": len(files), "rounds": rounds, "steps": settings.training.steps,
