@@ -1,6 +1,6 @@
 """What hostile sites can do to a model, by merge method: five sites, real cells, one or two of them hostile.
 
-    SWARMCHAIN_DATA=DIR python bench/attacks.py [--rounds 60] [--methods …] [--data …] [--json] [--write]
+    SWARMCHAIN_DATA=DIR python bench/attacks.py [--rounds 40] [--methods …] [--data …] [--json] [--write]
     SWARMCHAIN_DATA=DIR python bench/attacks.py --each [--data …] [--json] [--write]
 
 The swarm's own training, statistics, ratings and certificates, without chain and store. Macro-F1 on the held-out cells
