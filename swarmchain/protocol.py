@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, Any, Literal, Self
@@ -301,11 +300,6 @@ def first_problem(exc: ValidationError) -> str:
 def mask_to_sites(mask: int) -> frozenset[int]:
     """Site indices whose bit is set."""
     return frozenset(i for i in range(SITES_MAX) if mask >> i & 1)
-
-
-def sites_to_mask(sites: Iterable[int]) -> int:
-    """One bit per site, bit i for site i."""
-    return sum(1 << site for site in set(sites))
 
 
 def derive_seed(*parts: int | str) -> int:
