@@ -15,7 +15,7 @@ demo: setup
 
 test: setup
 	$(FORGE) test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check swarmchain deploy tests bench docs

@@ -27,6 +27,15 @@ settings.register_profile("ours", deadline=None)
 settings.load_profile("ours")
 
 
+# files that take minutes: where files run side by side, the last ones would leave the other cores idle
+LONG = ("test_mutants", "test_consortium", "test_docs", "test_hosts", "test_sealed_run", "test_faults", "test_release")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session")
 def anvil() -> Iterator[Devchain]:
     with start_devchain("anvil") as chain:
