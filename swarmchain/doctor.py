@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from swarmchain.keys import PASSWORD_VARIABLE, SealKey, Signer, read_address
 from swarmchain.node import Node
 from swarmchain.profiles import choose_profile
 from swarmchain.protocol import Change
+from swarmchain.rpc import has_password
 from swarmchain.sealed import SealedStore
 from swarmchain.site import open_contract
 from swarmchain.store import Store, open_store, read_spec
@@ -36,7 +36,7 @@ SKEW_MAX_S = 30.0
 DISK_MIN = 1 << 30
 STORE_SLOW_S = 5.0
 PACKAGES = ("numpy", "torch", "anndata", "web3", "fsspec")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+
 
 @dataclass
 class Visit:
@@ -78,10 +78,10 @@ def examine_site(site_file: Path, *, unlock: Callable[[SiteConfig], Signer], run
         try:
             for found in check(visit):
                 is_well &= found.status != "failed"
-                yield _without_secrets(found)
+                yield found
         except SwarmError as exc:
             is_well = False
-            yield _without_secrets(fail(name, exc))
+            yield fail(name, exc)
         if is_well:
             visit.done.add(name)
 
@@ -99,17 +99,16 @@ def fail(check: str, exc: SwarmError) -> Finding:
     return Finding(check, "failed", exc.message, exc.hint, isinstance(exc, Unreachable))
 
 
-def _without_secrets(found: Finding) -> Finding:
-    """Passwords that stand in a URL are nobody's to read."""
-    return replace(found, words=_USER_INFO.sub("…@", found.words), remedy=_USER_INFO.sub("…@", found.remedy))
-
-
 # -- the site's own files
 
 
 def check_settings(visit: Visit) -> Iterator[Finding]:
-    """site.toml parses."""
+    """site.toml parses, and is nobody else's to read where it holds a password."""
     visit.config = read_site_config(visit.site_file)
+    if any(has_password(url) for url in visit.config.chain.rpc_urls):
+        found = _require_private(visit.site_file, "settings")
+        if found.status != "ok":
+            yield replace(found, status="warning", words=f"rpc_urls holds a password, and {found.words}")
     yield Finding("settings", "ok", f"{visit.site_file} of {visit.config.name}")
 
 
@@ -182,7 +181,7 @@ def check_nodes(visit: Visit) -> Iterator[Finding]:
         try:
             node = Node(url, timeout_s=visit.config.chain.timeout_s)
             head, took = node.read_head(), time.monotonic() - started
-            yield Finding("nodes", "ok", f"{url}: {node.client_version}, chain {node.chain_id}, block {head}, "
+            yield Finding("nodes", "ok", f"{node.rpc_url}: {node.client_version}, chain {node.chain_id}, block {head}, "
                                          f"{1000 * took:.0f} ms")
         except SwarmError as exc:
             problems.append(exc)

@@ -90,8 +90,8 @@ class Node:
 
     @property
     def rpc_url(self) -> str:
-        """The node that is asked first now."""
-        return self.endpoints.url
+        """The node that is asked first now, as it may be shown."""
+        return self.endpoints.first.name
 
     def ask(self, question: Callable[[], T]) -> T:
         """One exchange with the chain; silence becomes `ChainUnreachable`."""
@@ -188,7 +188,7 @@ class Node:
                 heads.append((int(self.endpoints.ask_checked(endpoint, "eth_blockNumber", []), 16), endpoint))
         if heads:
             best, freshest = max(heads, key=lambda pair: pair[0])
-            present = next((head for head, endpoint in heads if endpoint.url == self.rpc_url), -1)
+            present = next((head for head, endpoint in heads if endpoint is self.endpoints.first), -1)
             if best > present + 1:
                 self.endpoints.choose(freshest)
         return self._read_block("latest").get("timestamp", 0)

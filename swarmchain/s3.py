@@ -111,6 +111,9 @@ class S3Objects:
             raise StoreError(f"store s3://{root}: {exc}", hint="docs/store.md shows the settings") from exc
         self._url = self._client.meta.endpoint_url
         host = urlsplit(self._url).netloc
+        if "@" in host:
+            raise StoreError("the endpoint_url of the store holds a password", hint="take it out: access_key_id and "
+                             "secret_access_key are the place for it; docs/store.md")
         self._hosts = {host, f"{bucket}.{host}"}
         self._http = URLLib3Session(
             verify=options.ca_file or session.get_config_variable("ca_bundle") or True,

@@ -88,6 +88,11 @@ def wrong_password(folder: Path, text: str) -> str:
     return text
 
 
+@breaks("settings", "rpc_urls holds a password, and ")
+def open_settings(folder: Path, text: str) -> str:
+    return re.sub(r'rpc_urls = \["http://', 'rpc_urls = ["http://me:secret@', text)
+
+
 @breaks("key", "is readable by others")
 def open_keystore_file(folder: Path, text: str) -> str:
     (folder / "keystore.json").chmod(0o640)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import http.server
@@ -9,13 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+import urllib3
 from conftest import World, make_world
 
 from swarmchain.chain import SwarmContract
 from swarmchain.devchain import start_devchain
-from swarmchain.errors import ChainMismatch, ChainUnreachable, ConfigError, JournalError
+from swarmchain.errors import ChainMismatch, ChainUnreachable, ConfigError, JournalError, SwarmError
 from swarmchain.journal import Journal
 from swarmchain.node import Node
 from swarmchain.outbox import Outbox
@@ -187,6 +190,41 @@ def test_node_that_fails_is_passed_over(world: World, unused_port: int, handler:
         contract = SwarmContract(node, world.deployment)
         assert node.rpc_url == good
         assert len(contract.get_sites()) == 3
+
+
+class Guarded(Broken):
+    """A proxy that lets in who knows the password, under one path."""
+
+    node, seen = "", ""
+
+    def do_POST(self) -> None:
+        Guarded.seen = self.path
+        expected = base64.b64encode("nörd:p/w@1".encode()).decode()
+        if self.headers.get("Authorization") != f"Basic {expected}":
+            self.status, self.body = 401, b"who are you?"
+            return super().do_POST()
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = urllib3.request("POST", self.node, body=data, headers={"Content-Type": "application/json"})
+        self.status, self.body = answer.status, answer.data
+        super().do_POST()
+
+
+def test_node_behind_a_password_answers_and_no_message_shows_it(world: World, unused_port: int) -> None:
+    Guarded.node = world.contract.node.rpc_url
+    with serve(Guarded) as guard:
+        user = quote("nörd:p/w@1", safe=":")
+        node = Node(guard.replace("://", f"://{user}@") + "/token77?key=token78")
+        assert len(SwarmContract(node, world.deployment).get_sites()) == 3
+        assert Guarded.seen == "/token77?key=token78" and node.rpc_url == f"{guard}/…"
+        told = [str(node.endpoints.endpoints)]
+        for url in (f"http://…127.0.0.1:{unused_port}/token77", guard.replace("://", "://…") + "/token77",
+                    f"ws://…127.0.0.1:{unused_port}", "http://…[::1/token77", "…localhost:8545/token77", "http://me:secret/…h"):
+            with pytest.raises(SwarmError) as caught:
+                Node(url.replace("…", "me:secret@"))
+            told.append(f"{caught.value.message} {caught.value.hint}")
+    assert "HTTP 401" in told[2] and all("@" in words and "no http(s) URL" in words for words in told[3:])
+    for words in told:
+        assert not any(hidden in words for hidden in (user, "p/w", "secret", "token77")), words
 
 
 def test_node_that_goes_is_left_and_the_other_is_checked_first(world: World) -> None:

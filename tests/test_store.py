@@ -250,6 +250,7 @@ def test_invalid_s3_account_bucket_and_server(seaweed: Seaweed) -> None:
         (seaweed.options(access_key_id="AKNOBODY"), StoreError, "access key", "credentials"),
         (seaweed.options(secret_access_key="sk-wrong"), StoreError, "secret key", "credentials"),
         (seaweed.options(endpoint_url="http://127.0.0.1:9"), StoreUnreachable, "not answer", "is it up"),
+        (seaweed.options(endpoint_url="http://me:sk-me@127.0.0.1:9"), StoreError, "holds a password", "take it out"),
     ]
     for options, kind, words, hint in refusals:
         with pytest.raises(kind, match=words) as caught:
